@@ -1,0 +1,37 @@
+"""The native library: found once, loaded on first use, never at import."""
+
+from __future__ import annotations
+
+import importlib.resources
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+LIBRARY = "libqkrope.so"
+
+
+def resource(*parts: str) -> Path:
+    """A file of the package; in an editable install built files are not beside this one."""
+    found = importlib.resources.files("qkrope").joinpath(*parts)
+    return Path(str(found))
+
+
+@cache
+def lib() -> Any:
+    """The library's functions as a tvm-ffi module (see native/bindings.c)."""
+    # torch first: its libgomp is then the one our OpenMP regions share.
+    import torch  # noqa: F401
+    import tvm_ffi
+
+    path = resource(LIBRARY)
+    if not path.is_file():
+        raise ImportError(f"{path} is missing: qkrope was not built; run `pip install .`")
+    return tvm_ffi.load_module(str(path))
+
+
+@cache
+def entry(release_gil: bool) -> Any:
+    """The op itself. A CPU call lets other threads run; a launch is too short for that to pay."""
+    function = lib().get_function("qk_norm_rope")
+    function.release_gil = release_gil
+    return function

@@ -1,0 +1,105 @@
+"""The compile-time knobs of a CUDA kernel as one frozen value: what a cubin is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .spec import MAX_HEAD_DIM, Spec
+
+DTYPES = ("float32", "bfloat16", "float16")  # by the numbers of params.h
+ANGLES = ("none", "phase", "table", "inv_freq")
+PAIRINGS = ("half", "interleaved")
+NORMS = ("none", "rms")
+
+
+def unsupported(spec: Spec) -> str | None:
+    """Names the first value of ``spec`` that no kernel runs yet, or None."""
+    for side, norm in (("norm", spec.q_norm), ("k_norm", spec.k_norm_resolved)):
+        if norm.kind not in NORMS:
+            return f"{side}.kind={norm.kind!r}"
+        if norm.kind != "none" and norm.scope != "head":
+            return f"{side}.scope={norm.scope!r}"
+    if spec.order != "norm_first":
+        return f"order={spec.order!r}"
+    if spec.rounding != "once":
+        return f"rounding={spec.rounding!r}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kernel: everything the compiler sees. Run-time values (head counts, theta, scaling, eps,
+    weight_offset, strides, token count) are not here, so they never compile anything.
+    """
+
+    head_dim: int
+    rotary_dim: int
+    pairing: str
+    q_norm: str
+    k_norm: str
+    dtype: str
+    q_weight: str
+    k_weight: str
+    angle: str
+
+    def __post_init__(self) -> None:
+        # Twins of the static_asserts in kernel.cu.
+        if not (2 <= self.head_dim <= MAX_HEAD_DIM and self.head_dim % 2 == 0):
+            raise ValueError(f"head_dim: expected even, 2 to {MAX_HEAD_DIM}, got {self.head_dim}")
+        if not (0 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0):
+            raise ValueError(
+                f"rotary_dim: expected even, 0 to {self.head_dim}, got {self.rotary_dim}"
+            )
+        if (self.angle == "none") != (self.rotary_dim == 0):
+            raise ValueError(f"angle: got {self.angle!r} with rotary_dim {self.rotary_dim}")
+
+    @classmethod
+    def of(
+        cls, spec: Spec, dtype: str, q_weight: str | None, k_weight: str | None, angle: str
+    ) -> Variant:
+        """The variant that runs ``spec``; a weight that is not given has the activations' dtype."""
+        return cls(
+            head_dim=spec.head_dim,
+            rotary_dim=spec.rotary_dim,
+            pairing=spec.rope.pairing if spec.rope else "half",
+            q_norm=spec.q_norm.kind,
+            k_norm=spec.k_norm_resolved.kind,
+            dtype=dtype,
+            q_weight=q_weight or dtype,
+            k_weight=k_weight or dtype,
+            angle=angle if spec.rotary_dim else "none",
+        )
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The kernels of this variant: widest loads first, single elements last."""
+        pairs, rotated = self.head_dim // 2, self.rotary_dim // 2
+        units = (self.head_dim + 7) // 8
+        least = 1 if units <= 32 else 2 if units <= 64 else 4
+        found = []
+        if self.pairing == "half":
+            if self.dtype != "float32" and pairs % 8 == 0 and rotated % 8 == 0:
+                if units % max(least, 2) == 0:
+                    found.append("wide")
+            if pairs % 4 == 0 and rotated % 4 == 0 and units % least == 0:
+                found.append("narrow")
+        elif self.head_dim % 8 == 0 and units % least == 0:
+            found.append("narrow")
+        return (*found, "scalar")
+
+    def macros(self) -> str:
+        """The variant as the preprocessor lines that precede kernel.cu."""
+        values = {
+            "HEAD_DIM": self.head_dim,
+            "ROTARY_DIM": self.rotary_dim,
+            "PAIRING": PAIRINGS.index(self.pairing),
+            "Q_NORM": NORMS.index(self.q_norm),
+            "K_NORM": NORMS.index(self.k_norm),
+            "DTYPE": DTYPES.index(self.dtype),
+            "Q_WEIGHT": DTYPES.index(self.q_weight),
+            "K_WEIGHT": DTYPES.index(self.k_weight),
+            "ANGLE": ANGLES.index(self.angle),
+            "HAS_WIDE": int("wide" in self.layouts),
+            "HAS_NARROW": int("narrow" in self.layouts),
+        }
+        return "".join(f"#define QK_{name} {value}\n" for name, value in values.items())
