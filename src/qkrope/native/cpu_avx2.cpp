@@ -1,0 +1,8 @@
+// cpu_avx2.cpp: the kernel for AVX2, FMA and F16C.
+#include "cpu_kernel.h"
+#include "cpu_levels.h"
+#include "cpu_simd_avx2.h"
+
+void qk::run_avx2(const qk_variant& v, const qk_params& p, long long begin, long long end) {
+  run_tokens<Avx2>(v, p, begin, end);
+}

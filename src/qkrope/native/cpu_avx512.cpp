@@ -1,0 +1,8 @@
+// cpu_avx512.cpp: the kernel for AVX-512 F, BW, VL and DQ.
+#include "cpu_kernel.h"
+#include "cpu_levels.h"
+#include "cpu_simd_avx512.h"
+
+void qk::run_avx512(const qk_variant& v, const qk_params& p, long long begin, long long end) {
+  run_tokens<Avx512>(v, p, begin, end);
+}

@@ -1,0 +1,344 @@
+// cpu_kernel.h: the CPU kernel, written once over V, the vectors of one instruction set.
+//
+// A token is handled in three steps: the angles of its pairs; per side, the weights folded with
+// them into the four factors of a rotation; then, head by head, the sum of squares and the rotation.
+// All of it is float, rounded once at the store.
+//
+// Channels are taken 2N at a time (N = V::N) as two vectors (e, o), in whatever order is cheapest to
+// load: V::load decides, and V::arrange puts channel-ordered floats into that same order. Interleaved
+// pairing has its pairs in (e[j], o[j]); half pairing has them in (e[j], e'[j]) and (o[j], o'[j]),
+// e' and o' from the other half. Either way the tables are lists of "pair vectors", N pairs each.
+#ifndef QKROPE_CPU_KERNEL_H
+#define QKROPE_CPU_KERNEL_H
+
+#include "cpu_tokens.h"
+#include "math.h"
+#include "params.h"
+
+// Each translation unit is compiled for an instruction set of its own: nothing here may be merged
+// with another unit's copy, hence the unnamed namespace.
+namespace qk {
+namespace {
+
+// How 2N-channel blocks cover a part of a head: whole ones, then one of `tail` channels.
+struct Blocks {
+  int full, tail;
+  int count() const { return full + (tail != 0); }
+};
+
+template <class V, int kType, int kPairing>
+class Kernel {
+  using F = typename V::F;
+  using I = typename V::I;
+  static constexpr int N = V::N, kBlock = 2 * N;
+  static constexpr bool kInterleaved = kPairing == QK_INTERLEAVED;
+  static constexpr int kSize = kType == QK_F32 ? 4 : 2, kBytes = kBlock * kSize;
+  static constexpr int kVectors = kInterleaved ? 1 : 2;  // pair vectors a block
+  static constexpr int kPairs = QK_MAX_HEAD_DIM / 2 + kBlock;
+  static constexpr int kChannels = QK_MAX_HEAD_DIM + kBlock;
+  static constexpr int kBatch = 4;  // heads whose statistics are finished together
+
+  struct Side {
+    const qk_side* args;
+    long long x_head, y_head;  // bytes
+    bool normalise;
+    float low;  // sums below this are taken again with more range
+    alignas(64) float weight[2 * kPairs];  // [pair vector][wa, wb][N]
+    alignas(64) float fold[4 * kPairs];    // [pair vector][wa ca, wb sa, wb cb, wa sb][N]
+    alignas(64) float rest[kChannels];     // weights of the channels that do not rotate
+  };
+
+  const qk_variant& variant_;
+  const qk_params& params_;
+  const int rotary_, half_;  // rotated channels; half pairing: the distance within a pair
+  const Blocks squares_, pairs_, rest_;
+  const int pair_vectors_;
+  Side sides_[2];
+  alignas(64) float angle_[4 * kPairs];  // [pair vector][ca, sa, cb, sb][N], from a caller's table
+  alignas(64) float frac_[2 * kPairs];   // [pair vector][lo, hi][N], the bits of integers
+  alignas(64) float row_[kChannels + kBlock];  // scratch, in the order of channels
+
+ public:
+  Kernel(const qk_variant& v, const qk_params& p)
+      : variant_(v),
+        params_(p),
+        rotary_(v.angle == QK_ANGLE_NONE ? 0 : v.rotary_dim),
+        half_(rotary_ / 2),
+        squares_(blocks(v.head_dim)),
+        pairs_(blocks(kInterleaved ? rotary_ : half_)),
+        rest_(blocks(v.head_dim - rotary_)),
+        pair_vectors_(pairs_.count() * kVectors) {
+    set_side(sides_[0], p.q, v.q_norm, v.q_weight_dtype);
+    set_side(sides_[1], p.k, v.k_norm, v.k_weight_dtype);
+    if (v.angle == QK_ANGLE_PHASE) set_frac();
+  }
+
+  void run(long long begin, long long end) {
+    Cursor cursor(variant_, params_, begin), ahead = cursor;
+    for (long long token = begin; token < end; token++, cursor = ahead) {
+      if (token + 1 < end) ahead.next();
+      int position = 0;
+      if (params_.pos) __builtin_memcpy(&position, at(params_.pos, cursor.at[Cursor::kPos]), 4);
+      if (variant_.angle == QK_ANGLE_TABLE) read_angles(cursor, position);
+      if (variant_.angle != QK_ANGLE_NONE) fold(position);
+      run_side(sides_[0], cursor.at + Cursor::kQx, ahead.at[Cursor::kQx]);
+      run_side(sides_[1], cursor.at + Cursor::kKx, ahead.at[Cursor::kKx]);
+    }
+  }
+
+ private:
+  static Blocks blocks(int channels) { return {channels / kBlock, channels % kBlock}; }
+  static const char* at(const void* base, long long bytes) {
+    return static_cast<const char*>(base) + bytes;
+  }
+
+  // ---- once a call ----
+
+  void set_side(Side& s, const qk_side& args, int norm, int weight_type) {
+    s.args = &args;
+    if (!args.heads) return;
+    s.x_head = args.x_head * kSize;
+    s.y_head = args.y_head * kSize;
+    s.normalise = norm != QK_NORM_NONE;
+    // A level may lose squares below 2^-126. That is nothing beside 2^-90 more under the root.
+    s.low = args.eps >= 0x1p-90f ? 0.0f : 0x1p-80f;
+    const int dim = variant_.head_dim;
+    if (args.weight) {
+      read_row(args.weight, weight_type, 1, dim);
+      for (int i = 0; i < dim; i += N)
+        V::store(row_ + i, effective_weight(V::load(row_ + i), F(args.weight_offset)));
+    } else {
+      for (int i = 0; i < dim + kBlock; i += N) V::store(row_ + i, F(1.0f));
+    }
+    arrange(row_ + rotary_, dim - rotary_, s.rest, kBlock, N);
+    for (int i = 0; i < rotary_; i += N)
+      V::store(row_ + i, mul(V::load(row_ + i), F(params_.attention_factor)));
+    arrange_pairs(row_, row_ + half_, s.weight, 2, 1);
+  }
+
+  void set_frac() {
+    for (int word = 0; word < 2; word++) {
+      for (int i = 0; i < half_; i++) {
+        int bits = word ? params_.frac[i].hi : params_.frac[i].lo;
+        __builtin_memcpy(row_ + i, &bits, 4);
+      }
+      clear_after(half_);
+      if (kInterleaved) duplicate();
+      arrange_pairs(row_, row_, frac_ + word * N, 2, 0);
+    }
+  }
+
+  // ---- rows of weights and tables ----
+
+  // Entries of any type to floats in row_. Every NaN becomes the one whose low half is zero, which
+  // V's rounding to bfloat16 counts on.
+  void read_row(const void* from, int type, long long step, int count) {
+    const char* p = static_cast<const char*>(from);
+    const long long size = size_of(type);
+    int i = 0;
+    for (; step == 1 && i + N <= count; i += N) {
+      F v = type == QK_F32    ? V::template widen<QK_F32>(p + i * size)
+            : type == QK_BF16 ? V::template widen<QK_BF16>(p + i * size)
+                              : V::template widen<QK_F16>(p + i * size);
+      V::store(row_ + i, V::canonical(v));
+    }
+    for (; i < count; i++) {
+      float v = load_float(p + i * step * size, type);
+      row_[i] = v == v ? v : __builtin_nanf("");
+    }
+    clear_after(count);
+  }
+
+  void clear_after(int count) {
+    for (int i = 0; i < kBlock; i++) row_[count + i] = 0;
+  }
+
+  // One entry a pair -> one a channel, interleaved.
+  void duplicate() {
+    for (int i = rotary_ - 1; i >= 0; i--) __builtin_memcpy(row_ + i, row_ + i / 2, 4);
+    clear_after(rotary_);
+  }
+
+  // Entries in the order of channels -> vectors; the e and o of block b go to out + b * step and
+  // `odd` after it.
+  static void arrange(const float* from, int count, float* out, int step, int odd) {
+    for (int b = 0; b * kBlock < count; b++) {
+      F e, o;
+      const float* p = from + b * kBlock;
+      V::template arrange<kType, kInterleaved>(V::load(p), V::load(p + N), e, o);
+      V::store(out + b * step, e);
+      V::store(out + b * step + odd, o);
+    }
+  }
+
+  // The same for both channels of every pair: those of `b` land b_field fields after those of `a`.
+  // Interleaved, `a` holds them all.
+  void arrange_pairs(const float* a, const float* b, float* out, int fields, int b_field) {
+    if (kInterleaved) return arrange(a, rotary_, out, fields * N, b_field * N);
+    arrange(a, half_, out, 2 * fields * N, fields * N);
+    if (b_field) arrange(b, half_, out + b_field * N, 2 * fields * N, fields * N);
+  }
+
+  // ---- once a token ----
+
+  void read_angles(const Cursor& cursor, int position) {
+    const qk_params& p = params_;
+    const long long size = size_of(p.table_dtype), row = p.table_rows > 0 ? position : 0;
+    for (int i = 0; i < 2; i++) {
+      const char* from = i ? at(p.sin, cursor.at[Cursor::kSin] + row * p.sin_row * size)
+                           : at(p.cos, cursor.at[Cursor::kCos] + row * p.cos_row * size);
+      read_row(from, p.table_dtype, i ? p.sin_step : p.cos_step, p.table_full ? rotary_ : half_);
+      if (kInterleaved && !p.table_full) duplicate();
+      arrange_pairs(row_, p.table_full ? row_ + half_ : row_, angle_ + i * N, 4, 2);
+    }
+  }
+
+  void fold(int position) {
+    for (int v = 0; v < pair_vectors_; v++) {
+      F ca, sa, cb, sb;
+      if (variant_.angle == QK_ANGLE_PHASE) {
+        const float* f = frac_ + v * 2 * N;
+        sincos_phase(phase(I(position), V::load_bits(f), V::load_bits(f + N)), sa, ca);
+        cb = ca, sb = sa;
+      } else {
+        const float* f = angle_ + v * 4 * N;
+        ca = V::load(f), sa = V::load(f + N), cb = V::load(f + 2 * N), sb = V::load(f + 3 * N);
+      }
+      for (Side& s : sides_) {
+        if (!s.args->heads) continue;
+        F wa = V::load(s.weight + v * 2 * N), wb = V::load(s.weight + v * 2 * N + N);
+        float* to = s.fold + v * 4 * N;
+        V::store(to, mul(wa, ca));
+        V::store(to + N, mul(wb, sa));
+        V::store(to + 2 * N, mul(wb, cb));
+        V::store(to + 3 * N, mul(wa, sb));
+      }
+    }
+  }
+
+  // ---- heads ----
+
+  // xy: where this token's x and y are; ahead: the next one's x, fetched meanwhile.
+  void run_side(const Side& s, const long long* xy, long long ahead) const {
+    const int heads = s.args->heads;
+    if (!heads) return;
+    const char* x = at(s.args->x, xy[0]);
+    char* y = static_cast<char*>(s.args->y) + xy[1];
+    const int bytes = variant_.head_dim * kSize;
+    ahead -= xy[0];
+    for (int head = 0; head < heads; head += kBatch) {
+      int count = heads - head < kBatch ? heads - head : kBatch;
+      float rstd[kBatch] = {1, 1, 1, 1};
+      if (s.normalise) statistics(s, x, count, rstd);
+      for (int i = 0; i < count; i++, x += s.x_head, y += s.y_head) {
+        for (int line = 0; line < bytes; line += 64) __builtin_prefetch(x + ahead + line);
+        write_head(s, x, y, F(rstd[i]));
+      }
+    }
+  }
+
+  void statistics(const Side& s, const char* x, int count, float* rstd) const {
+    F sums[kBatch];
+    for (int i = 0; i < kBatch; i++) sums[i] = i < count ? sum_of_squares(x + i * s.x_head) : F(0.f);
+    const int dim = variant_.head_dim;
+    const float eps = s.args->eps;
+    int doubtful = V::rstd(sums, (float)dim, eps, s.low, rstd);
+    for (int i = 0; __builtin_expect(doubtful, 0) && i < count; i++)
+      if (doubtful >> i & 1) rstd[i] = wide_rstd(x + i * s.x_head, dim, eps);
+  }
+
+  // Several sums a lane, so that none grows long; which block goes to which depends on head_dim only.
+  F sum_of_squares(const char* x) const {
+    constexpr int kGroup = V::template kSquareBlocks<kType>, kPer = V::template kSquareSums<kType>;
+    constexpr int kSums = kGroup * kPer;
+    F sum[kSums];
+    for (int j = 0; j < kSums; j++) sum[j] = F(0.0f);
+    int b = 0;
+    for (; b + kGroup <= squares_.full; b += kGroup)
+      for (int j = 0; j < kGroup; j++) V::template square<kType>(x + (b + j) * kBytes, sum + j * kPer);
+    for (int j = 0; j < kGroup - 1; j++)
+      if (b + j < squares_.full) V::template square<kType>(x + (b + j) * kBytes, sum + j * kPer);
+    if (squares_.tail)
+      V::template square_part<kType>(x + squares_.full * kBytes, squares_.tail, sum + kSums - kPer);
+    for (int n = kSums / 2; n > 0; n /= 2)
+      for (int j = 0; j < n; j++) sum[j] = add(sum[j], sum[j + n]);
+    return sum[0];
+  }
+
+  // For rows whose squares leave the range of float.
+  static __attribute__((noinline)) float wide_rstd(const char* x, int dim, float eps) {
+    double sum[4] = {};
+    for (int i = 0; i < dim; i++) {
+      double v = load_float(x + i * kSize, kType);
+      sum[i % 4] += v * v;
+    }
+    return V::wide_rstd(((sum[0] + sum[2]) + (sum[1] + sum[3])) / dim + eps);
+  }
+
+  void write_head(const Side& s, const char* x, char* y, F rstd) const {
+    const float* fold = s.fold;
+    for (int b = 0; b < pairs_.full; b++, fold += 4 * N * kVectors)
+      write_pairs<false>(x + b * kBytes, y + b * kBytes, 0, rstd, fold);
+    if (pairs_.tail)
+      write_pairs<true>(x + pairs_.full * kBytes, y + pairs_.full * kBytes, pairs_.tail, rstd, fold);
+    x += rotary_ * kSize;
+    y += rotary_ * kSize;
+    for (int b = 0; b < rest_.full; b++)
+      write_rest<false>(x + b * kBytes, y + b * kBytes, 0, rstd, s.rest + b * kBlock);
+    if (rest_.tail)
+      write_rest<true>(x + rest_.full * kBytes, y + rest_.full * kBytes, rest_.tail, rstd,
+                       s.rest + rest_.full * kBlock);
+  }
+
+  static void turn(F& a, F& b, F rstd, const float* f) {
+    F ya, yb;
+    rotate(mul(a, rstd), mul(b, rstd), V::load(f), V::load(f + N), V::load(f + 2 * N),
+           V::load(f + 3 * N), ya, yb);
+    a = ya, b = yb;
+  }
+
+  // A block of pairs; kPart: its first n channels only.
+  template <bool kPart>
+  void write_pairs(const char* x, char* y, int n, F rstd, const float* fold) const {
+    F e, o, e2, o2;
+    V::template load2<kType, kInterleaved, kPart>(x, n, e, o);
+    if (kInterleaved) {
+      turn(e, o, rstd, fold);
+    } else {
+      V::template load2<kType, kInterleaved, kPart>(x + half_ * kSize, n, e2, o2);
+      turn(e, e2, rstd, fold);
+      turn(o, o2, rstd, fold + 4 * N);
+      V::template store2<kType, kInterleaved, kPart>(y + half_ * kSize, n, e2, o2);
+    }
+    V::template store2<kType, kInterleaved, kPart>(y, n, e, o);
+  }
+
+  template <bool kPart>
+  static void write_rest(const char* x, char* y, int n, F rstd, const float* weight) {
+    F e, o;
+    V::template load2<kType, kInterleaved, kPart>(x, n, e, o);
+    e = mul(mul(e, rstd), V::load(weight));
+    o = mul(mul(o, rstd), V::load(weight + N));
+    V::template store2<kType, kInterleaved, kPart>(y, n, e, o);
+  }
+};
+
+// The entry of one instruction set: tokens [begin, end) of a call.
+template <class V, int kType>
+void run_typed(const qk_variant& v, const qk_params& p, long long begin, long long end) {
+  if (v.pairing == QK_INTERLEAVED)
+    Kernel<V, kType, QK_INTERLEAVED>(v, p).run(begin, end);
+  else
+    Kernel<V, kType, QK_HALF>(v, p).run(begin, end);
+}
+
+template <class V>
+void run_tokens(const qk_variant& v, const qk_params& p, long long begin, long long end) {
+  if (v.dtype == QK_F32) return run_typed<V, QK_F32>(v, p, begin, end);
+  if (v.dtype == QK_BF16) return run_typed<V, QK_BF16>(v, p, begin, end);
+  run_typed<V, QK_F16>(v, p, begin, end);
+}
+
+}  // namespace
+}  // namespace qk
+#endif

@@ -1,0 +1,8 @@
+// cpu_scalar.cpp: the kernel for the baseline of the target.
+#include "cpu_kernel.h"
+#include "cpu_levels.h"
+#include "cpu_simd_portable.h"
+
+void qk::run_scalar(const qk_variant& v, const qk_params& p, long long begin, long long end) {
+  run_tokens<Portable>(v, p, begin, end);
+}

@@ -1,0 +1,194 @@
+// cpu_simd_avx2.h: eight lanes by AVX2, FMA and F16C.
+#ifndef QKROPE_CPU_SIMD_AVX2_H
+#define QKROPE_CPU_SIMD_AVX2_H
+
+#include <immintrin.h>
+
+#include "cpu_simd_quad.h"
+#include "params.h"
+
+namespace qk {
+namespace {
+
+struct Float8 {
+  __m256 v;
+  Float8() = default;
+  Float8(__m256 x) : v(x) {}
+  Float8(float x) : v(_mm256_set1_ps(x)) {}
+};
+
+struct Int8 {
+  __m256i v;
+  Int8(__m256i x) : v(x) {}
+  Int8(int x) : v(_mm256_set1_epi32(x)) {}
+};
+
+inline Float8 mul(Float8 a, Float8 b) { return a.v * b.v; }
+inline Float8 add(Float8 a, Float8 b) { return a.v + b.v; }
+inline Float8 neg(Float8 a) { return -a.v; }
+inline Float8 fma(Float8 a, Float8 b, Float8 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+
+inline Int8 wrap_add(Int8 a, Int8 b) { return _mm256_add_epi32(a.v, b.v); }
+inline Int8 wrap_mul(Int8 a, Int8 b) { return _mm256_mullo_epi32(a.v, b.v); }
+inline Int8 bit_and(Int8 a, Int8 b) { return _mm256_and_si256(a.v, b.v); }
+inline Int8 mul_high(Int8 a, Int8 b) {
+  __m256i even = _mm256_mul_epi32(a.v, b.v);
+  __m256i odd = _mm256_mul_epi32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
+  return _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+inline Float8 int_to_float(Int8 a) { return _mm256_cvtepi32_ps(a.v); }
+inline Float8 choose_by_bit30(Int8 t, Float8 set, Float8 clear) {
+  return _mm256_blendv_ps(clear.v, set.v, _mm256_castsi256_ps(_mm256_slli_epi32(t.v, 1)));
+}
+inline Float8 negate_if_negative(Int8 t, Float8 x) {
+  return _mm256_xor_ps(x.v, _mm256_and_ps(_mm256_castsi256_ps(t.v), _mm256_set1_ps(-0.0f)));
+}
+
+struct Avx2 {
+  using F = Float8;
+  using I = Int8;
+  static constexpr int N = 8;
+  template <int>
+  static constexpr int kSquareBlocks = 2;
+  template <int>
+  static constexpr int kSquareSums = 2;
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+  static I load_bits(const float* p) { return raw(p); }
+  static F canonical(F a) {
+    return _mm256_blendv_ps(a.v, F(__builtin_nanf("")).v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  }
+  static float wide_rstd(double x) { return qk::wide_rstd(x); }
+  static int rstd(const F* sums, float dim, float eps, float low, float* out) {
+    quad four[4];
+    for (int i = 0; i < 4; i++)
+      four[i] = (quad)_mm_add_ps(_mm256_castps256_ps128(sums[i].v), _mm256_extractf128_ps(sums[i].v, 1));
+    return quad_rstd(quad_totals(four[0], four[1], four[2], four[3]), dim, eps, low, out);
+  }
+
+  template <int kType>
+  static F widen(const char* p) {
+    if (kType == QK_F32) return _mm256_castsi256_ps(raw(p));
+    __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if (kType == QK_F16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+
+  // Channel order -> (e, o): bfloat16 has the even and the odd channels, in order; for interleaved
+  // pairs of other types too, in the order of one shuffle; otherwise the lower and the upper ones.
+  template <int kType, bool kInterleaved>
+  static void arrange(F lo, F hi, F& e, F& o) {
+    e = lo, o = hi;
+    if (kType == QK_BF16 || kInterleaved) {
+      e = _mm256_shuffle_ps(lo.v, hi.v, 0x88);
+      o = _mm256_shuffle_ps(lo.v, hi.v, 0xdd);
+    }
+    if (kType == QK_BF16) {
+      e = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(e.v), 0xd8));
+      o = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(o.v), 0xd8));
+    }
+  }
+
+  template <int kType, bool kInterleaved, bool kPart>
+  static void load2(const char* p, int n, F& e, F& o) {
+    if (kType == QK_F32) {
+      __m256i lo = kPart ? raw_part(p, 4 * n) : raw(p);
+      __m256i hi = kPart ? raw_part(p + 32, 4 * n - 32) : raw(p + 32);
+      return arrange<kType, kInterleaved>(_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi), e, o);
+    }
+    __m256i words = kPart ? raw_part(p, 2 * n) : raw(p);
+    if (kType == QK_F16) {
+      F lo = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
+      F hi = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
+      return arrange<kType, kInterleaved>(lo, hi, e, o);
+    }
+    e = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+    o = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(0xffff0000)));
+  }
+
+  template <int kType, bool kInterleaved, bool kPart>
+  static void store2(char* p, int n, F e, F o) {
+    F lo = e, hi = o;
+    if (kType != QK_BF16 && kInterleaved)
+      lo = _mm256_unpacklo_ps(e.v, o.v), hi = _mm256_unpackhi_ps(e.v, o.v);
+    __m256i words = _mm256_castps_si256(lo.v);
+    if (kType == QK_F32) {
+      put<kPart>(p + 32, _mm256_castps_si256(hi.v), 4 * n - 32);
+      return put<kPart>(p, words, 4 * n);
+    }
+    if (kType == QK_F16) {
+      words = _mm256_set_m128i(_mm256_cvtps_ph(hi.v, 0), _mm256_cvtps_ph(lo.v, 0));
+    } else {
+      words = _mm256_blend_epi16(_mm256_srli_epi32(to_bf16(e), 16), to_bf16(o), 0xaa);
+    }
+    put<kPart>(p, words, 2 * n);
+  }
+
+  template <int kType>
+  static void square(const char* p, F* sum) {
+    add_squares<kType, false>(p, 0, sum);
+  }
+  template <int kType>
+  static void square_part(const char* p, int n, F* sum) {
+    add_squares<kType, true>(p, n, sum);
+  }
+
+ private:
+  static __m256i raw(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+
+  template <int kType, bool kPart>
+  static void add_squares(const char* p, int n, F* sum) {
+    F e, o;
+    load2<kType, false, kPart>(p, n, e, o);
+    sum[0] = fma(e, e, sum[0]);
+    sum[1] = fma(o, o, sum[1]);
+  }
+
+  // Nearest even in the upper half of each word. A NaN here has a zero lower half and stays.
+  static __m256i to_bf16(F a) {
+    __m256i w = _mm256_castps_si256(a.v);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(w, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(w, _mm256_set1_epi32(0x7fff)), odd);
+  }
+
+  // The first `bytes` (even; none if negative, all from 32 on) of a vector and zeros.
+  static __m256i raw_part(const char* p, int bytes) {
+    static const int ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    if (bytes >= 32) return raw(p);
+    if (bytes <= 0) return _mm256_setzero_si256();
+    int whole = bytes / 4;
+    __m256i v = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), raw(ones + 8 - whole));
+    if (bytes % 4 == 0) return v;
+    unsigned short last;
+    __builtin_memcpy(&last, p + 4 * whole, 2);
+    __m256i lane = _mm256_cmpeq_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                      _mm256_set1_epi32(whole));
+    return _mm256_or_si256(v, _mm256_and_si256(lane, _mm256_set1_epi32(last)));
+  }
+
+  // The counterpart, in power-of-two pieces: masked stores are slow on some of these machines.
+  template <bool kPart>
+  static void put(char* p, __m256i v, int bytes) {
+    if (!kPart || bytes >= 32) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+    if (bytes <= 0) return;
+    __m128i x = _mm256_castsi256_si128(v);
+    if (bytes & 16) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), x);
+      x = _mm256_extracti128_si256(v, 1), p += 16;
+    }
+    if (bytes & 8) {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(p), x);
+      x = _mm_srli_si128(x, 8), p += 8;
+    }
+    unsigned long long rest = _mm_cvtsi128_si64(x);
+    if (bytes & 4) __builtin_memcpy(p, &rest, 4), rest >>= 32, p += 4;
+    if (bytes & 2) __builtin_memcpy(p, &rest, 2);
+  }
+};
+
+}  // namespace
+}  // namespace qk
+#endif

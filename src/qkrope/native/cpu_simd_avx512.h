@@ -1,0 +1,208 @@
+// cpu_simd_avx512.h: sixteen lanes by AVX-512 F, BW, VL and DQ; bfloat16 instructions where built in.
+#ifndef QKROPE_CPU_SIMD_AVX512_H
+#define QKROPE_CPU_SIMD_AVX512_H
+
+// gcc 12 takes the undefined vectors of its own header for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "cpu_simd_quad.h"
+#include "params.h"
+
+namespace qk {
+namespace {
+
+struct Float16 {
+  __m512 v;
+  Float16() = default;
+  Float16(__m512 x) : v(x) {}
+  Float16(float x) : v(_mm512_set1_ps(x)) {}
+};
+
+struct Int16 {
+  __m512i v;
+  Int16(__m512i x) : v(x) {}
+  Int16(int x) : v(_mm512_set1_epi32(x)) {}
+};
+
+inline Float16 mul(Float16 a, Float16 b) { return a.v * b.v; }
+inline Float16 add(Float16 a, Float16 b) { return a.v + b.v; }
+inline Float16 neg(Float16 a) { return -a.v; }
+inline Float16 fma(Float16 a, Float16 b, Float16 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+
+inline Int16 wrap_add(Int16 a, Int16 b) { return _mm512_add_epi32(a.v, b.v); }
+inline Int16 wrap_mul(Int16 a, Int16 b) { return _mm512_mullo_epi32(a.v, b.v); }
+inline Int16 bit_and(Int16 a, Int16 b) { return _mm512_and_si512(a.v, b.v); }
+inline Int16 mul_high(Int16 a, Int16 b) {
+  __m512i even = _mm512_mul_epi32(a.v, b.v);
+  __m512i odd = _mm512_mul_epi32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));
+  return _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
+inline Float16 int_to_float(Int16 a) { return _mm512_cvtepi32_ps(a.v); }
+inline Float16 choose_by_bit30(Int16 t, Float16 set, Float16 clear) {
+  __mmask16 bit = _mm512_test_epi32_mask(t.v, _mm512_set1_epi32(0x40000000));
+  return _mm512_mask_blend_ps(bit, clear.v, set.v);
+}
+inline Float16 negate_if_negative(Int16 t, Float16 x) {
+  return _mm512_xor_ps(x.v, _mm512_and_ps(_mm512_castsi512_ps(t.v), _mm512_set1_ps(-0.0f)));
+}
+
+struct Avx512 {
+  using F = Float16;
+  using I = Int16;
+  static constexpr int N = 16;
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+  static I load_bits(const float* p) { return _mm512_loadu_si512(p); }
+  static F canonical(F a) {
+    __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    return _mm512_mask_blend_ps(nan, a.v, F(__builtin_nanf("")).v);
+  }
+  static float wide_rstd(double x) { return qk::wide_rstd(x); }
+  static int rstd(const F* sums, float dim, float eps, float low, float* out) {
+    quad four[4];
+    for (int i = 0; i < 4; i++) {
+      __m512 s = sums[i].v;
+      __m256 t = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+      four[i] = (quad)_mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+    }
+    return quad_rstd(quad_totals(four[0], four[1], four[2], four[3]), dim, eps, low, out);
+  }
+
+  template <int kType>
+  static F widen(const char* p) {
+    if (kType == QK_F32) return _mm512_loadu_ps(p);
+    __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if (kType == QK_F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+
+  // Channel order -> (e, o): bfloat16 has the even and the odd channels, in order; for interleaved
+  // pairs of other types too, in the order of one shuffle; otherwise the lower and the upper ones.
+  template <int kType, bool kInterleaved>
+  static void arrange(F lo, F hi, F& e, F& o) {
+    e = lo, o = hi;
+    if (kType == QK_BF16) {
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      e = _mm512_permutex2var_ps(lo.v, even, hi.v);
+      o = _mm512_permutex2var_ps(lo.v, _mm512_add_epi32(even, _mm512_set1_epi32(1)), hi.v);
+    } else if (kInterleaved) {
+      e = _mm512_shuffle_ps(lo.v, hi.v, 0x88);
+      o = _mm512_shuffle_ps(lo.v, hi.v, 0xdd);
+    }
+  }
+
+  template <int kType, bool kInterleaved, bool kPart>
+  static void load2(const char* p, int n, F& e, F& o) {
+    if (kType == QK_F32) {
+      F lo = kPart ? _mm512_maskz_loadu_ps(first(n), p) : _mm512_loadu_ps(p);
+      F hi = kPart ? _mm512_maskz_loadu_ps(first(n) >> 16, p + 64) : _mm512_loadu_ps(p + 64);
+      return arrange<kType, kInterleaved>(lo, hi, e, o);
+    }
+    __m512i words = load_words<kPart>(p, n);
+    if (kType == QK_F16) {
+      F lo = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+      F hi = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+      return arrange<kType, kInterleaved>(lo, hi, e, o);
+    }
+    e = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    o = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xffff0000)));
+  }
+
+  template <int kType, bool kInterleaved, bool kPart>
+  static void store2(char* p, int n, F e, F o) {
+    F lo = e, hi = o;
+    if (kType != QK_BF16 && kInterleaved)
+      lo = _mm512_unpacklo_ps(e.v, o.v), hi = _mm512_unpackhi_ps(e.v, o.v);
+    if (kType == QK_F32) {
+      if (!kPart) _mm512_storeu_ps(p, lo.v), _mm512_storeu_ps(p + 64, hi.v);
+      if (kPart) _mm512_mask_storeu_ps(p, first(n), lo.v);
+      if (kPart) _mm512_mask_storeu_ps(p + 64, first(n) >> 16, hi.v);
+      return;
+    }
+    __m512i words;
+    if (kType == QK_F16) {
+      words = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(lo.v, 0)),
+                                 _mm512_cvtps_ph(hi.v, 0), 1);
+    } else {
+      words = to_bf16(e, o, kPart ? first(n) : ~0u);
+    }
+    if (kPart)
+      _mm512_mask_storeu_epi16(p, first(n), words);
+    else
+      _mm512_storeu_si512(p, words);
+  }
+
+#ifdef __AVX512BF16__
+  template <int kType>
+  static constexpr int kSquareSums = kType == QK_BF16 ? 1 : 2;
+#else
+  template <int>
+  static constexpr int kSquareSums = 2;
+#endif
+  template <int kType>
+  static constexpr int kSquareBlocks = 4 / kSquareSums<kType>;
+
+  template <int kType>
+  static void square(const char* p, F* sum) {
+    add_squares<kType, false>(p, 0, sum);
+  }
+  template <int kType>
+  static void square_part(const char* p, int n, F* sum) {
+    add_squares<kType, true>(p, n, sum);
+  }
+
+ private:
+  static __mmask32 first(int n) { return (1u << n) - 1; }  // 0 < n < 32
+
+  template <bool kPart>
+  static __m512i load_words(const char* p, int n) {
+    return kPart ? _mm512_maskz_loadu_epi16(first(n), p) : _mm512_loadu_si512(p);
+  }
+
+  template <int kType, bool kPart>
+  static void add_squares(const char* p, int n, F* sum) {
+#ifdef __AVX512BF16__
+    if (kType == QK_BF16) {
+      // Exact products; those below 2^-126 are lost, see Kernel::Side::low.
+      __m512bh words = (__m512bh)load_words<kPart>(p, n);
+      sum[0] = _mm512_dpbf16_ps(sum[0].v, words, words);
+      return;
+    }
+#endif
+    F e, o;
+    load2<kType, false, kPart>(p, n, e, o);
+    sum[0] = fma(e, e, sum[0]);
+    sum[kSquareSums<kType> - 1] = fma(o, o, sum[kSquareSums<kType> - 1]);
+  }
+
+  // Nearest even, (e, o) to words in the order of channels; `used` says which of them matter.
+  static __m512i to_bf16(F e, F o, [[maybe_unused]] __mmask32 used) {
+#ifdef __AVX512BF16__
+    // The instruction takes what is below 2^-126 for zero, and bfloat16 has values there. So a zero
+    // is doubted: it may be one, but then the slower way gives it too.
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                           8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i words = (__m512i)_mm512_cvtne2ps_pbh(o.v, e.v);
+    words = _mm512_permutexvar_epi16(order, words);
+    __mmask32 zero = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x7fff));
+    if (__builtin_expect(!(zero & used), 1)) return words;
+#endif
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(round_up(e), 16), round_up(o));
+  }
+
+  // Nearest even in the upper half of each word. A NaN here has a zero lower half and stays.
+  static __m512i round_up(F a) {
+    __m512i w = _mm512_castps_si512(a.v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(w, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(0x7fff)), odd);
+  }
+};
+
+}  // namespace
+}  // namespace qk
+#endif

@@ -1,0 +1,81 @@
+// params.h: what one call is. The CPU kernels and the CUDA kernel read this same struct; it knows
+// no framework, and it is plain C so that C, C++ and NVRTC can all compile it without a header.
+#ifndef QKROPE_PARAMS_H
+#define QKROPE_PARAMS_H
+
+#define QK_MAX_DIMS 6         // leading dimensions left after coalescing
+#define QK_MAX_HEAD_DIM 1024  // twin of qkrope.spec.MAX_HEAD_DIM
+
+enum { QK_F32 = 0, QK_BF16 = 1, QK_F16 = 2, QK_F64 = 3 };
+enum { QK_HALF = 0, QK_INTERLEAVED = 1 };
+enum { QK_NORM_NONE = 0, QK_NORM_RMS = 1 };
+enum { QK_ANGLE_NONE = 0, QK_ANGLE_PHASE = 1, QK_ANGLE_TABLE = 2, QK_ANGLE_INV_FREQ = 3 };
+
+// One frequency as a 64-bit fraction of a turn, value = hi * 2^32 + lo with lo signed: the low word
+// is balanced so that one signed high multiply serves negative positions too.
+typedef struct {
+  int lo, hi;
+} qk_frac;
+
+// The compile-time knobs: macros of the same names on CUDA (QK_VARIANT_*), this struct on the CPU.
+typedef struct {
+  int head_dim;
+  int rotary_dim;  // 0: no rotation; even, <= head_dim, the leading channels
+  int pairing;     // QK_HALF | QK_INTERLEAVED
+  int q_norm, k_norm;
+  int dtype;           // of q, k and the outputs
+  int q_weight_dtype;  // of the weights that are given
+  int k_weight_dtype;
+  int angle;
+} qk_variant;
+
+// q or k. Strides are in elements; the last dimension of x, y, weight has stride 1.
+typedef struct {
+  const void* x;  // [size[0], ..., size[ndim-1], heads, head_dim]
+  void* y;        // same shape; may be x itself
+  const void* weight;  // [head_dim]; null: all ones before weight_offset
+  long long x_head, y_head;
+  long long x_dim[QK_MAX_DIMS], y_dim[QK_MAX_DIMS];
+  int heads;  // 0: this side is absent
+  float eps, weight_offset;
+} qk_side;
+
+typedef struct {
+  qk_side q, k;
+  long long tokens;  // product of size[]
+  long long size[QK_MAX_DIMS];
+  int ndim;  // >= 1; size[0] is the outermost
+  // QK_ANGLE_PHASE: angle = position * frac. QK_ANGLE_INV_FREQ: position * inv_freq (CUDA only: on
+  // the CPU the caller's inv_freq has become frac, and the angle PHASE, before the kernel runs).
+  int pos_wide;     // positions are int64 (else int32)
+  const void* pos;  // also the row of a cos_sin_cache
+  long long pos_dim[QK_MAX_DIMS];
+  const qk_frac* frac;  // [rotary_dim / 2]
+  const void* inv_freq;
+  long long inv_freq_step;
+  int inv_freq_dtype;  // QK_F32 | QK_F64 | QK_BF16 | QK_F16
+  float attention_factor;  // multiplies the rotated channels; 1 with a table
+  // QK_ANGLE_TABLE: entry i of a row is cos[row + i * cos_step].
+  int table_dtype;
+  int table_full;        // rows hold rotary_dim entries, one a channel, else one a pair
+  long long table_rows;  // > 0: row = position * cos_row (a cache); 0: row = sum index * cos_dim
+  const void* cos;
+  const void* sin;
+  long long cos_step, sin_step, cos_row, sin_row;
+  long long cos_dim[QK_MAX_DIMS], sin_dim[QK_MAX_DIMS];
+  int early_weights;  // CUDA: nothing on this stream can have written the weights
+} qk_params;
+
+// How a warp covers heads on CUDA; the launcher and the kernel must agree. A unit is four pairs; a
+// lane holds 1, 2 or 4 of them, and at least 2 where it makes 16-byte loads from each half.
+#define QK_UNITS(head_dim) (((head_dim) + 7) / 8)
+#define QK_LANE_UNITS_LEAST(head_dim) \
+  (QK_UNITS(head_dim) <= 32 ? 1 : QK_UNITS(head_dim) <= 64 ? 2 : 4)
+#define QK_LANE_UNITS(head_dim, wide) \
+  ((wide) && QK_LANE_UNITS_LEAST(head_dim) < 2 ? 2 : QK_LANE_UNITS_LEAST(head_dim))
+#define QK_LANES(head_dim, wide)                                    \
+  ((QK_UNITS(head_dim) + QK_LANE_UNITS(head_dim, wide) - 1) / QK_LANE_UNITS(head_dim, wide))
+#define QK_HEADS_PER_WARP(head_dim, wide) (32 / QK_LANES(head_dim, wide))
+#define QK_BLOCK_WARPS 4
+
+#endif

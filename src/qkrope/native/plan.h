@@ -1,0 +1,73 @@
+// plan.h: a Spec on the native side, and the tensors of one call before they are checked.
+#ifndef QKROPE_PLAN_H
+#define QKROPE_PLAN_H
+
+#include <dlpack/dlpack.h>
+
+#include "params.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// One loaded cubin.
+typedef struct {
+  void* function[3];  // wide, narrow, scalar: CUfunction, null where the variant has none
+  int num_sms;
+} qk_kernels;
+
+// What a plan runs for one (dtypes, angle source, device), bound by Python after a compile.
+typedef struct qk_slot {
+  struct qk_slot* next;
+  long long key;
+  const qk_kernels* kernels;
+  const qk_frac* frac;  // the plan's table on that device
+} qk_slot;
+
+// What a Spec fixes. Plans live as long as the process: captured graphs point at their tables.
+typedef struct {
+  int num_q_heads, num_kv_heads;
+  qk_variant variant;  // dtypes and angle are filled in by each call
+  float q_eps, q_offset, k_eps, k_offset, attention_factor;
+  int num_frac;
+  qk_frac* frac;
+  qk_slot* slots;
+} qk_plan;
+
+// Null means not given. qkv excludes q and k.
+typedef struct {
+  const qk_plan* plan;
+  const DLTensor *qkv, *q, *k, *q_weight, *k_weight, *q_positions, *k_positions;
+  const DLTensor *cos, *sin, *cos_sin_cache, *inv_freq, *q_out, *k_out;
+  int out_of_place;  // 0: an absent output means the input's own memory
+  int early_weights;
+} qk_call;
+
+// A call as the kernels see it: one part, or two where q and k walk different tokens.
+typedef struct {
+  qk_variant variant;
+  qk_params part[2];
+  int num_parts;
+  int device_type, device_id;
+} qk_checked;
+
+// check.c. 0, or -1 with a TypeError or ValueError raised that names argument, got and expected.
+int qk_check(const qk_call* call, qk_checked* out);
+
+// frac.cpp: n frequencies (float32 or float64, radians a position) as fractions of a turn.
+void qk_fracs_of_inv_freq(const void* inv_freq, int is_double, long long step, int n, qk_frac* out);
+
+// launcher.c
+int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long long* missing_key);
+long long qk_slot_key(const qk_checked* call);
+qk_kernels* qk_cuda_load(int device, const void* cubin);
+int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
+int qk_warps_per_token(int passes, long long tokens, int num_sms);
+
+// view.c
+int qk_raise(const char* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+#ifdef __cplusplus
+}
+#endif
+#endif
