@@ -1,0 +1,1 @@
+"""Benchmarks: shapes, data, timing, baselines, the memory sweep, records, plots and tables."""

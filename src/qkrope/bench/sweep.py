@@ -1,0 +1,99 @@
+"""The measured memory sweep: the same Q and K columns of the same packed tensor, in place.
+
+What a kernel that only moves the bytes needs; `ratio` in a record is our time over its time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+from .data import Inputs
+
+_WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
+_BLOCK = 128
+_VEC = 2  # twin of VEC in sweep.cu
+
+
+def _columns(inputs: Inputs) -> torch.Tensor:
+    """The Q and K columns as the widest integers that tile them."""
+    itemsize = inputs.qkv.element_size()
+    used, width = inputs.shape.columns * itemsize, inputs.shape.width * itemsize
+    for size, dtype in _WORDS:
+        if used % size == 0 and width % size == 0:
+            return inputs.qkv.view(dtype)[:, : used // size]
+    raise ValueError(f"qkv: got rows of {width} bytes, expected whole 16-bit words")
+
+
+def host_sweep(inputs: Inputs) -> Callable[[], object]:
+    """CPU: `bitwise_xor_` with 1, on all threads torch uses. Flips one lowest bit a word."""
+    columns = _columns(inputs)
+    return lambda: columns.bitwise_xor_(1)
+
+
+def compile_sweep(arch: str, pdl: bool) -> bytes:
+    """The cubin of sweep.cu for `arch` ("sm_90"); needs NVRTC but no GPU."""
+    from cuda.core import Program, ProgramOptions
+
+    source = resources.files(__package__).joinpath("sweep.cu").read_text()
+    define: list[Any] = [("VEC", str(_VEC))] + ([("PDL", "1")] if pdl else [])
+    program = Program(source, "c++", ProgramOptions(arch=arch, define_macro=define))
+    code = program.compile("cubin").code
+    return bytes(code)
+
+
+def _ok(result: tuple[Any, ...]) -> Any:
+    if int(result[0]) != 0:
+        raise RuntimeError(f"CUDA driver: got {result[0]!r}, expected CUDA_SUCCESS")
+    return result[1] if len(result) > 1 else None
+
+
+@cache
+def _kernel(device: int, pdl: bool) -> Any:
+    from cuda.bindings import driver
+
+    major, minor = torch.cuda.get_device_capability(device)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # makes torch's context current
+        module = _ok(driver.cuModuleLoadData(compile_sweep(f"sm_{major}{minor}", pdl)))
+        return _ok(driver.cuModuleGetFunction(module, b"qk_sweep"))
+
+
+def device_sweep(inputs: Inputs, *, pdl: bool) -> Callable[[], object]:
+    """CUDA: sweep.cu, with programmatic dependent launch where asked."""
+    from cuda.bindings import driver
+
+    qkv = inputs.qkv
+    itemsize = qkv.element_size()
+    row_bytes, used = inputs.shape.width * itemsize, inputs.shape.columns * itemsize
+    if row_bytes % 16 or used % 16 or qkv.data_ptr() % 16:
+        raise ValueError(f"sweep: got {used} of {row_bytes} bytes a row, expected multiples of 16")
+    function = _kernel(qkv.device.index or 0, pdl)
+    words = used // 16
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = (
+        -(-words // (_BLOCK * _VEC)),
+        min(inputs.tokens, 65535),
+        1,
+    )
+    config.blockDimX, config.blockDimY, config.blockDimZ = _BLOCK, 1, 1
+    if pdl:
+        attribute = driver.CUlaunchAttribute()
+        ids = driver.CUlaunchAttributeID
+        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs = [attribute]
+        config.numAttrs = 1
+    values = (qkv.data_ptr(), row_bytes // 16, words, inputs.tokens)
+    types = (ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_longlong)
+
+    def call() -> None:
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        _ok(driver.cuLaunchKernelEx(config, function, (values, types), 0))
+
+    return call

@@ -1,0 +1,126 @@
+"""The benchmark tables of the README, written from the records.
+
+`python -m qkrope.bench.tables README.md` replaces what stands between `<!-- bench:cpu -->` and
+`<!-- /bench:cpu -->` (and the same with cuda) by a table of the newest records; `--check` changes
+nothing and exits 1 if the file is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import records
+from .records import Record
+from .shapes import PRODUCTION_SHAPES
+
+KINDS = ("cpu", "cuda")
+_ORDER = {shape.name: index for index, shape in enumerate(PRODUCTION_SHAPES)}
+
+
+def newest(found: Sequence[Record]) -> list[Record]:
+    """The last record of each case, in the order of the production shapes."""
+    latest = {record.key: record for record in sorted(found, key=lambda r: r.time)}
+    return sorted(
+        latest.values(),
+        key=lambda r: (_ORDER.get(r.shape, len(_ORDER)), r.shape, r.tokens, r.cache),
+    )
+
+
+def render(found: Sequence[Record], kind: str) -> str:
+    """One table for each machine, level and dtype, with its provenance under it."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in newest(found):
+        if record.device == kind:
+            key = (record.device_name, record.isa or "", record.dtype, str(record.threads))
+            groups.setdefault(key, []).append(record)
+    if not groups:
+        return f"No {kind} record yet.\n"
+    return "\n".join(_table(group) for _, group in sorted(groups.items()))
+
+
+def _table(group: Sequence[Record]) -> str:
+    with_compile = any("speedup" in r.baselines.get("compile", {}) for r in group)
+    with_cache = any(r.cache != "same" for r in group)
+    head = ["model", "q/k/v heads", "tokens", *(["cache"] if with_cache else [])]
+    head += ["us", "GB/s", "share of sweep", "vs eager"]
+    head += [*(["vs torch.compile"] if with_compile else []), "worst error, ulp"]
+    left = 2
+    lines = [
+        "| " + " | ".join(head) + " |",
+        "|" + "|".join(["---"] * left + ["---:"] * (len(head) - left)) + "|",
+    ]
+    for r in group:
+        cells = [r.shape, r.heads, str(r.tokens), *([r.cache] if with_cache else [])]
+        cells += [f"{r.us:.4g}", f"{r.gbps:.4g}", f"{100 / r.ratio:.0f}%" if r.ratio else "-"]
+        cells += [_speedup(r, "eager"), *([_speedup(r, "compile")] if with_compile else [])]
+        ulp = "infinite" if r.worst_ulp is None else f"{r.worst_ulp:.3f}"
+        cells.append(ulp if r.passed else f"{ulp} (over the bound)")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _provenance(group), ""])
+
+
+def _provenance(group: Sequence[Record]) -> str:
+    first = group[0]
+    parts = [first.device_name, first.isa or "", first.dtype]
+    if first.threads:
+        parts.append(f"{first.threads} threads")
+    if first.driver:
+        parts.append(f"driver {first.driver}")
+    parts.append(f"torch {_several(r.torch for r in group)}")
+    parts.append(f"qkrope {_several(r.qkrope for r in group)}")
+    parts.append(f"commit {_several(r.commit for r in group)}")
+    return ", ".join(part for part in parts if part) + "."
+
+
+def _several(values: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(values))
+
+
+def _speedup(record: Record, name: str) -> str:
+    result = record.baselines.get(name, {})
+    return f"{result['speedup']:.1f}x" if "speedup" in result else "-"
+
+
+def rewrite(text: str, found: Sequence[Record]) -> str:
+    """The text with every marked table replaced; ValueError for a marker without its end."""
+    for kind in KINDS:
+        start, end = f"<!-- bench:{kind} -->", f"<!-- /bench:{kind} -->"
+        if start not in text and end not in text:
+            continue
+        before, _, rest = text.partition(start)
+        _, closing, after = rest.partition(end)
+        if not closing:
+            raise ValueError(f"{start}: expected {end} after it")
+        text = f"{before}{start}\n{render(found, kind)}{end}{after}"
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m qkrope.bench.tables", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "--results", type=Path, default=Path("benchmarks/results"), help="folder of *.jsonl"
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        print(f"--results: {args.results} is not a folder", file=sys.stderr)
+        return 2
+    found = [r for path in sorted(args.results.glob("*.jsonl")) for r in records.read(path)]
+    old = args.file.read_text()
+    new = rewrite(old, found)
+    if new == old:
+        return 0
+    if args.check:
+        print(f"{args.file}: its bench tables are not those of {args.results}", file=sys.stderr)
+        return 1
+    args.file.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The CUDA backend: compile (NVRTC, disk cache) and launch."""

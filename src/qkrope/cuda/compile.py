@@ -1,0 +1,145 @@
+"""Variant -> cubin, by NVRTC through NVIDIA's cuda.core, which is imported only on a cache miss."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from .. import _native
+from ..errors import CompileError
+from ..variant import Variant
+from . import cache as disk
+
+SCHEMA = 1
+STANDARD = "c++17"
+_SOURCES = ("params.h", "math.h", "kernel.cu")
+_COMPILERS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+_INSTALL = "pip install qkrope[cuda]"
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What ptxas reports of one kernel."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledVariant:
+    """A cubin for one architecture; ``path`` is its cache entry, None where none could be kept."""
+
+    variant: Variant
+    arch: str
+    cubin: bytes
+    log: str
+    cached: bool
+    path: Path | None
+
+    @property
+    def resources(self) -> dict[str, Resources]:
+        """Registers, stack frame and spills of each kernel, by its layout."""
+        return parse_log(self.log)
+
+
+@cache
+def _body() -> str:
+    """The device sources as one text without includes: what is hashed is what is compiled."""
+    texts = (_native.resource("native", name).read_text() for name in _SOURCES)
+    return "".join(re.sub(r'^#include ".*"\n', "", text, flags=re.MULTILINE) for text in texts)
+
+
+def source(variant: Variant) -> str:
+    """The complete translation unit of a variant."""
+    return variant.macros() + _body()
+
+
+@cache
+def compiler() -> str:
+    """Name and version of the NVRTC that would be used."""
+    for name in _COMPILERS:
+        try:
+            return f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    try:  # not from PyPI: ask the library itself
+        from cuda.bindings import nvrtc
+
+        _, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:
+        raise CompileError(f"NVRTC is missing ({error}); {_INSTALL}") from error
+    return f"nvrtc {major}.{minor}"
+
+
+def key(variant: Variant, arch: str) -> str:
+    """The cache key: sources by content, options, architecture, compiler, schema."""
+    parts = (str(SCHEMA), STANDARD, arch, compiler(), source(variant))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def arch_name(major: int, minor: int) -> str:
+    """The architecture of a device's compute capability, as NVRTC names it."""
+    return f"sm_{major}{minor}"
+
+
+def compile_variant(variant: Variant, arch: str, *, use_cache: bool = True) -> CompiledVariant:
+    """The cubin of ``variant`` for ``arch`` ("sm_90"), from the cache or from NVRTC.
+
+    Raises CompileError with the compiler's log where NVRTC refuses or is missing.
+    """
+    name = key(variant, arch)
+    if use_cache:
+        found = disk.read(name)
+        if found is not None:
+            path = disk.directory() / f"{name}.cubin"
+            return CompiledVariant(variant, arch, found.cubin, found.log, True, path)
+    cubin, log = _nvrtc(source(variant), arch)
+    path = disk.write(name, disk.Entry(cubin, log)) if use_cache else None
+    return CompiledVariant(variant, arch, cubin, log, False, path)
+
+
+class _Log:
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+def _nvrtc(text: str, arch: str) -> tuple[bytes, str]:
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError as error:
+        raise CompileError(
+            f"cuda.core is missing, and no compiled kernel is cached ({error}); {_INSTALL}"
+        ) from error
+    log = _Log()
+    try:
+        options = ProgramOptions(
+            name="qkrope.cu", arch=arch, std=STANDARD, ptxas_options=["-v"], minimal=True
+        )
+        program = Program(text, "c++", options)
+        cubin = program.compile("cubin", logs=log).code
+    except Exception as error:
+        raise CompileError(f"compiling for {arch} failed: {error}\n{log.text}") from error
+    return bytes(cubin), log.text
+
+
+_ENTRY = re.compile(
+    r"Function properties for qkrope_(\w+)\s*\n[^\n]*?(\d+) bytes stack frame, (\d+) bytes spill "
+    r"stores, (\d+) bytes spill loads\s*\n[^\n]*?Used (\d+) registers"
+)
+
+
+def parse_log(log: str) -> dict[str, Resources]:
+    """ptxas -v output as a table."""
+    return {
+        layout: Resources(int(registers), int(stack), int(stores), int(loads))
+        for layout, stack, stores, loads, registers in _ENTRY.findall(log)
+    }

@@ -1,0 +1,69 @@
+"""Calls on a GPU: the native call, and the build it asks for when a kernel is missing."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any
+
+import torch
+
+from .._native import entry, lib
+from ..variant import ANGLES, DTYPES, Variant
+from .compile import arch_name, compile_variant
+
+_lock = threading.Lock()
+_loaded: dict[tuple[Variant, int], int] = {}
+_bound: set[tuple[int, int]] = set()
+_run: Any = None
+
+
+def qk_norm_rope(plan: Any, *operands: Any) -> None:
+    """Run one call; ``operands`` as native/bindings.c lists them after the plan."""
+    missing = (_run or _bind_entry())(plan.handle, *operands)
+    if missing:
+        build(plan, missing)
+        if _run(plan.handle, *operands):
+            raise RuntimeError("a kernel that was just built is missing (a bug in qkrope)")
+
+
+def _bind_entry() -> Any:
+    global _run
+    _run = entry(False)
+    return _run
+
+
+def build(plan: Any, key: int) -> None:
+    """Compile and load what a call of this key runs (see qk_slot_key in native/launcher.c)."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "qkrope: this call's kernel is not loaded and cannot be while a CUDA graph is being "
+            "captured; call qkrope.warmup(spec, device, dtype) before the capture"
+        )
+    dtype, q_weight, k_weight = (DTYPES[key >> at & mask] for at, mask in ((1, 7), (4, 15), (8, 15)))
+    variant = Variant.of(plan.spec, dtype, q_weight, k_weight, ANGLES[key >> 12 & 15])
+    device = key >> 16
+    with _lock:
+        if (plan.handle, key) not in _bound:
+            lib().cuda_bind(plan.handle, key, device, load(variant, device))
+            _bound.add((plan.handle, key))
+
+
+def slot_key(variant: Variant, device: int) -> int:
+    """The key of a variant, as qk_slot_key makes it."""
+    numbers = (DTYPES.index(name) for name in (variant.dtype, variant.q_weight, variant.k_weight))
+    dtype, q_weight, k_weight = numbers
+    angle = ANGLES.index(variant.angle)
+    return 1 | dtype << 1 | q_weight << 4 | k_weight << 8 | angle << 12 | device << 16
+
+
+def load(variant: Variant, device: int) -> int:
+    """The native handle of a variant on a device: compiled and loaded once a process."""
+    handle = _loaded.get((variant, device))
+    if handle is None:
+        arch = arch_name(*torch.cuda.get_device_capability(device))
+        cubin = compile_variant(variant, arch).cubin
+        buffer = ctypes.create_string_buffer(cubin, len(cubin))
+        handle = lib().cuda_load(device, ctypes.addressof(buffer))
+        _loaded[variant, device] = handle
+    return handle

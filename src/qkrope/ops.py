@@ -1,0 +1,367 @@
+"""The public calls: normalise and rotate Q and K, in place or out of place.
+
+With r = 1 / sqrt(mean(x^2) + eps) over a head and w the weight plus ``weight_offset``::
+
+    n     = x * r * w
+    y_a   = n_a * cos(t) - n_b * sin(t)        t = position * inv_freq[i]
+    y_b   = n_b * cos(t) + n_a * sin(t)        for pair i = (a, b) of the rotary channels
+    y     = n                                  for the other channels
+
+computed in float32 with one rounding at the end; the angle is exact at every position (see
+``qkrope.angles``). Arguments are checked by name in native code before anything is written.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from . import _native, angles, cpu
+from .scaling import DynamicNTK, LongRoPE, Scaling
+from .spec import Spec
+from .variant import DTYPES, NORMS, PAIRINGS, Variant, unsupported
+
+Tensor = torch.Tensor
+Positions = Tensor | tuple[Tensor | None, Tensor] | None
+_UNWRITTEN_WEIGHTS = 1  # nothing on the stream can have written them: no training step runs
+_lock = threading.Lock()
+_by_value: dict[tuple[Spec, angles.Angles], Plan] = {}
+
+
+class Plan:
+    """A Spec with its angles resolved, and its native twin."""
+
+    __slots__ = ("handle", "spec")
+
+    def __init__(self, spec: Spec, resolved: angles.Angles) -> None:
+        reason = unsupported(spec)
+        if reason is not None:
+            raise ValueError(
+                f"spec: {reason} is not run by the cpu or cuda kernels of this release; "
+                "qkrope.reference runs every Spec"
+            )
+        q, k = spec.q_norm, spec.k_norm_resolved
+        words = angles.frac_words(resolved.inv_freq)
+        pairing = PAIRINGS.index(spec.rope.pairing) if spec.rope else 0
+        self.spec = spec
+        self.handle = _native.lib().plan_new(
+            spec.num_q_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.rotary_dim,
+            pairing,
+            NORMS.index(q.kind),
+            NORMS.index(k.kind),
+            float(q.eps),
+            float(q.weight_offset),
+            float(k.eps),
+            float(k.weight_offset),
+            float(resolved.attention_factor),
+            words.buffer_info()[0],
+        )
+
+
+def _plan(spec: Spec, seq_len: int | None) -> Plan:
+    """The plan of a Spec, kept on the instance for the next call and by value for equal Specs."""
+    if not isinstance(spec, Spec):
+        raise TypeError(f"spec: expected a qkrope.Spec, got {type(spec).__name__}")
+    if seq_len is not None and (not isinstance(seq_len, int) or seq_len < 1):
+        raise ValueError(f"seq_len: expected a Python int of at least 1, got {seq_len!r}")
+    resolved = angles.resolve(spec, seq_len)
+    with _lock:
+        plan = _by_value.get((spec, resolved))
+        if plan is None:
+            plan = _by_value[spec, resolved] = Plan(spec, resolved)
+        plans = spec.__dict__.setdefault("_plans", {})
+        scaling = spec.rope.scaling if spec.rope else None
+        # Only these depend on a length; the others would fill the table with one plan many times.
+        if seq_len is None or isinstance(scaling, DynamicNTK | LongRoPE):
+            plans[seq_len] = plan
+    return plan
+
+
+def _refuse_grad(in_place: bool, named: dict[str, Tensor | None]) -> None:
+    for name, tensor in named.items():
+        if tensor is not None and tensor.requires_grad:
+            if in_place:
+                raise ValueError(
+                    f"{name}: expected a tensor without requires_grad in an in-place call, got one "
+                    "with it; call qk_norm_rope, or run under torch.no_grad()"
+                )
+            raise ValueError(
+                f"{name}: expected a tensor without requires_grad, got one with it, and this "
+                "release has no backward; run under torch.no_grad(), or call "
+                "qkrope.reference.qk_norm_rope, which is differentiable"
+            )
+
+
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair, got {type(value).__name__}")
+    return value[0], value[1]
+
+
+def _extras(
+    spec: Spec,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    cos_sin_cache: Tensor | None,
+    inv_freq: Tensor | None,
+    out: tuple[Tensor | None, Tensor | None] | None,
+) -> tuple[Any, ...]:
+    """The optional arguments in native order, once their combination makes sense."""
+    for name, bias in (("q_bias", q_bias), ("k_bias", k_bias)):
+        if bias is not None:
+            raise ValueError(
+                f"{name}: expected None, got a bias, which the cpu and cuda kernels of this "
+                "release do not add; qkrope.reference does"
+            )
+    sources = {"cos_sin": cos_sin, "cos_sin_cache": cos_sin_cache, "inv_freq": inv_freq}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[1]}: expected None beside {given[0]}: they exclude each other")
+    if given and spec.rope is None:
+        raise ValueError(f"{given[0]}: expected None since spec.rope is None, got a value")
+    cos, sin = (None, None) if cos_sin is None else _pair("cos_sin", cos_sin)
+    if (cos is None) != (sin is None) or (cos_sin is not None and cos is None):
+        raise TypeError("cos_sin: expected two tensors (cos, sin), got None among them")
+    q_out, k_out = (None, None) if out is None else _pair("out", out)
+    return cos, sin, cos_sin_cache, inv_freq, q_out, k_out
+
+
+def _prepare(
+    in_place: bool,
+    qkv: Tensor | None,
+    q: Tensor | None,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    positions: Any,
+    spec: Spec,
+    seq_len: int | None,
+    extras: tuple[Any, ...],
+) -> tuple[Plan, tuple[Any, ...]]:
+    """The call in native order: everything but the two plain in-place calls comes through here."""
+    known = _extras(spec, *extras) if any(e is not None for e in extras) else None
+    if torch.is_grad_enabled():
+        named = {"qkv": qkv, "q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight}
+        if known is not None:
+            table = zip(("cos", "sin", "cos_sin_cache", "inv_freq"), known, strict=False)
+            outs = {"out[0]": known[4], "out[1]": known[5]}
+            named |= {**dict(table), **outs}
+        _refuse_grad(in_place, named)
+        flags = 0
+    else:
+        flags = _UNWRITTEN_WEIGHTS
+    k_positions = None
+    if isinstance(positions, tuple | list):
+        positions, k_positions = _pair("positions", positions)
+        if k_positions is None or (positions is None and q is not None):
+            raise TypeError("positions: expected (q_positions, k_positions), got None among them")
+    if seq_len is None and known is not None and (known[0] is not None or known[2] is not None):
+        seq_len = 1 if isinstance(_scaling(spec), DynamicNTK | LongRoPE) else None  # tables rule
+    operands = (flags, qkv, q, k, q_weight, k_weight, positions)
+    if known is None and k_positions is None:
+        return _plan(spec, seq_len), operands
+    return _plan(spec, seq_len), (*operands, k_positions, *(known or (None,) * 6))
+
+
+def _scaling(spec: Spec) -> Scaling | None:
+    return spec.rope.scaling if isinstance(spec, Spec) and spec.rope else None
+
+
+def _run(is_cuda: bool, plan: Plan, *operands: Any) -> None:
+    if is_cuda:
+        from .cuda import launch
+
+        launch.qk_norm_rope(plan, *operands)
+    else:
+        cpu.qk_norm_rope(plan, *operands)
+
+
+def _first(*tensors: Any) -> Any:
+    for tensor in tensors:
+        if tensor is not None:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"q, k: expected torch tensors, got {type(tensor).__name__}")
+            return tensor
+    raise ValueError("q, k: expected a tensor for at least one, got None for both")
+
+
+def qk_norm_rope(
+    q: Tensor | None,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    positions: Positions,
+    spec: Spec,
+    *,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos_sin: tuple[Tensor, Tensor] | None = None,
+    cos_sin_cache: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    seq_len: int | None = None,
+    out: tuple[Tensor | None, Tensor | None] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Normalise and rotate Q and K into new contiguous tensors, or into ``out``.
+
+    q: ``[..., num_q_heads, head_dim]``, k: ``[..., num_kv_heads, head_dim]``; float32, bfloat16 or
+    float16; last stride 1, all others free. Either may be None; its result is then None. They may
+    differ in length where ``positions=(q_positions, k_positions)``.
+    q_weight, k_weight: ``[head_dim]`` in float32, bfloat16 or float16, or None for ones.
+    positions: int32 or int64, broadcast to the leading dimensions; None without rotation or with
+    ``cos_sin``. Values in [-2^31, 2^31): others raise on a CPU, and on CUDA, where nothing may wait
+    for the device, they make the rotated channels of their token NaN.
+    cos_sin: (cos, sin), broadcastable to ``[..., rotary_dim / 2]`` (one value a pair) or
+    ``[..., rotary_dim]`` (one a channel), float32 or the dtype of q, any attention factor inside.
+    cos_sin_cache: ``[max_position, rotary_dim]`` = [cos | sin], rows by position, which must lie in
+    the table (CPU: raises; CUDA: NaN as above, nothing out of bounds is read).
+    inv_freq: ``[rotary_dim / 2]`` float32 or float64, radians a position, in place of the Spec's
+    theta and scaling; the Spec's attention factor stays. These three exclude each other.
+    seq_len: the length that DynamicNTK and LongRoPE depend on, else the Spec's
+    max_position_embeddings. q_bias, k_bias: refused by this release's kernels.
+    out: (q_out, k_out), of q's and k's shape and dtype, separate from every input or the input
+    itself.
+
+    Raises TypeError and ValueError naming argument, expected and got, before anything is written;
+    CompileError where the kernel cannot be built.
+    """
+    extras = (q_bias, k_bias, cos_sin, cos_sin_cache, inv_freq, out)
+    first = _first(q, k)
+    if out is None:
+        made = tuple(
+            None if t is None else torch.empty(_first(t).shape, dtype=t.dtype, device=t.device)
+            for t in (q, k)
+        )
+        extras = (*extras[:5], made)
+    else:
+        made = _pair("out", out)
+        for i, (given, t) in enumerate(zip(made, (q, k), strict=True)):
+            if t is not None and given is None:
+                raise TypeError(f"out[{i}]: expected a tensor, got None")
+    plan, operands = _prepare(
+        False, None, q, k, q_weight, k_weight, positions, spec, seq_len, extras
+    )
+    _run(first.is_cuda, plan, *operands)
+    return made[0], made[1]
+
+
+def qk_norm_rope_(
+    q: Tensor | None,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    positions: Positions,
+    spec: Spec,
+    *,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos_sin: tuple[Tensor, Tensor] | None = None,
+    cos_sin_cache: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    seq_len: int | None = None,
+    out: tuple[Tensor | None, Tensor | None] | None = None,
+) -> None:
+    """``qk_norm_rope`` in place: q and k hold the result. q and k must not share memory.
+
+    With ``out`` the result goes there and the inputs stay. With grad mode on, no tensor of the call
+    may require grad.
+    """
+    first = _first(q, k)
+    extras = (q_bias, k_bias, cos_sin, cos_sin_cache, inv_freq, out)
+    plan, operands = _prepare(True, None, q, k, q_weight, k_weight, positions, spec, seq_len, extras)
+    _run(first.is_cuda, plan, *operands)
+
+
+def qkv_norm_rope_(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    positions: Positions,
+    spec: Spec,
+    *,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos_sin: tuple[Tensor, Tensor] | None = None,
+    cos_sin_cache: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    seq_len: int | None = None,
+    out: tuple[Tensor | None, Tensor | None] | None = None,
+) -> None:
+    """``qk_norm_rope`` in place on a packed projection; V is not touched.
+
+    qkv: ``[..., (nq + nk + nv) * head_dim]``, last stride 1; nv is inferred and may be 0. With
+    ``out`` = (``[..., nq, head_dim]``, ``[..., nk, head_dim]``) the result goes there and qkv stays.
+    """
+    first = _first(qkv)
+    extras = (q_bias, k_bias, cos_sin, cos_sin_cache, inv_freq, out)
+    plan, operands = _prepare(
+        True, qkv, None, None, q_weight, k_weight, positions, spec, seq_len, extras
+    )
+    _run(first.is_cuda, plan, *operands)
+
+
+def dtype_name(name: str, dtype: torch.dtype) -> str:
+    """The params.h name of a torch dtype; TypeError for one that no kernel reads."""
+    text = str(dtype).removeprefix("torch.")
+    if text not in DTYPES:
+        raise TypeError(f"{name}: expected one of {', '.join(DTYPES)}, got {dtype}")
+    return text
+
+
+def build_variant(
+    spec: Spec, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype | None = None
+) -> None:
+    """Compile and load the kernel that computes its own angles, for whatever head counts."""
+    from .cuda import launch
+
+    launch.load(_variant(spec, dtype, weight_dtype, "phase"), _index(device))
+
+
+def warmup(
+    spec: Spec,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    weight_dtype: torch.dtype | None = None,
+) -> None:
+    """Compile and load now everything that calls with ``spec`` and these dtypes will run.
+
+    Needed before a CUDA graph is captured. ``weight_dtype`` is that of q_weight and k_weight, by
+    default ``dtype``. On a CPU there is nothing to compile: the library is loaded and the Spec
+    checked. DynamicNTK and LongRoPE make one table for each length they resolve to: this call
+    makes that of ``max_position_embeddings``.
+    """
+    where = torch.device(device)
+    plan = _plan(spec, None)
+    dtype_name("dtype", dtype)
+    if weight_dtype is not None:
+        dtype_name("weight_dtype", weight_dtype)
+    if where.type == "cpu":
+        _native.lib().cpu_isa()
+    elif where.type == "cuda":
+        from .cuda import launch
+
+        for angle in ("phase", "inv_freq", "table") if spec.rotary_dim else ("none",):
+            variant = _variant(spec, dtype, weight_dtype, angle)
+            launch.build(plan, launch.slot_key(variant, _index(where)))
+    else:
+        raise ValueError(f"device: expected cpu or cuda, got {where}")
+
+
+def _variant(
+    spec: Spec, dtype: torch.dtype, weight_dtype: torch.dtype | None, angle: str
+) -> Variant:
+    reason = unsupported(spec)
+    if reason is not None:
+        raise ValueError(f"spec: {reason} is not run by the kernels of this release")
+    name = dtype_name("dtype", dtype)
+    weight = dtype_name("weight_dtype", weight_dtype) if weight_dtype is not None else name
+    return Variant.of(spec, name, weight, weight, angle)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
