@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Runs the GPU side of the project on a machine that has a GPU, and a python3 with torch, pytest,
+# scikit-build-core, cuda-core and cuda-bindings. It needs no network: wheels that python3 lacks
+# (apache-tvm-ffi) are taken from the folder .whl, if there is one.
+#
+#   tools/gpu.sh [build] [test] [bench] [sanitize]      no argument: build test bench
+#
+# Environment: OUT (default build/out) receives the full logs; QKROPE_COMMIT names the commit in
+# bench records where there is no git checkout; PYTEST_ARGS, BENCH_ARGS are passed on.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+out=${OUT:-build/out}
+python=${GPU_PYTHON:-python3}
+mkdir -p "$out"
+rm -f "$out"/{build,test,bench,sanitize}.log
+export QKROPE_COMMIT=${QKROPE_COMMIT:-$(git rev-parse --short=12 -q --verify HEAD 2>/dev/null || echo unknown)}
+export PYTHONUNBUFFERED=1
+summary=()
+failed=0
+
+note() { summary+=("$(printf '%-24s %-6s %5d s  %s' "$1" "$2" "$3" "$4")"); }
+
+# run NAME LOG COMMAND...: output to LOG and here, the verdict and the last line in the summary.
+run() {
+  local name=$1 log=$out/$2 start=$SECONDS verdict=ok code
+  shift 2
+  echo "--- $name: $*" | tee -a "$log"
+  "$@" 2>&1 | tee -a "$log"
+  code=${PIPESTATUS[0]}
+  if ((code)); then verdict="rc=$code" failed=1; fi
+  note "$name" "$verdict" $((SECONDS - start)) "$(grep -v "^---" "$log" | tail -n 1 | cut -c 1-100)"
+  return "$code"
+}
+
+build() {
+  if compgen -G '.whl/*.whl' >/dev/null; then
+    run wheels build.log "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade \
+      --target build/site .whl/*.whl || return
+  fi
+  run build build.log "$python" -m pip install -q --no-index --no-build-isolation --no-deps \
+    --upgrade --target build/gpu -C build-dir=build/gpu-cmake . || return
+  run info build.log "$python" -m qkrope info
+}
+
+tests() {
+  run test test.log "$python" -m pytest -p no:cacheprovider -m gpu ${PYTEST_ARGS:-}
+}
+
+bench() {
+  run bench bench.log "$python" -m qkrope bench --out "$out/gpu.jsonl" --plot "$out/gpu.png" \
+    ${BENCH_ARGS:-}
+}
+
+# Only our kernels are instrumented. Torch's caching allocator is off, so that each tensor is an
+# allocation of its own and a read past its end is seen. Memory that torch's own kernels wrote
+# counts as uninitialised under initcheck: -m sanitize tests copy their inputs from the host.
+sanitize() {
+  local filter=(--kernel-name kns=qkrope_ --error-exitcode 9 --print-limit 20
+    --report-api-errors no --launch-timeout 60)
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 TORCHINDUCTOR_COMPILE_THREADS=1
+  local tool extra
+  for tool in memcheck initcheck synccheck; do
+    extra=()
+    [[ $tool == initcheck ]] && extra=(--check-api-memory-access no)
+    run "$tool" sanitize.log compute-sanitizer --tool "$tool" "${filter[@]}" "${extra[@]}" \
+      "$python" -m pytest -p no:cacheprovider -p no:xdist -m "sanitize and gpu" ${PYTEST_ARGS:-}
+  done
+  # A clean report proves nothing if the filter matches nothing: this one must not be clean.
+  local start=$SECONDS
+  compute-sanitizer --tool initcheck --check-api-memory-access no "${filter[@]}" \
+    "$python" tools/uninitialised.py >>"$out/sanitize.log" 2>&1
+  if (($? == 9)); then
+    note control ok $((SECONDS - start)) "the planted uninitialised read was reported"
+  else
+    note control FAILED $((SECONDS - start)) "the planted uninitialised read was not reported"
+    failed=1
+  fi
+}
+
+export PYTHONPATH="$PWD/build/gpu:$PWD/build/site${PYTHONPATH:+:$PYTHONPATH}"
+(($#)) || set -- build test bench
+for step in "$@"; do
+  case $step in
+    build) build ;;
+    test) tests ;;
+    bench) bench ;;
+    sanitize) sanitize ;;
+    *)
+      echo "unknown step '$step'; got '$*', expected build, test, bench or sanitize" >&2
+      exit 2
+      ;;
+  esac
+  if [[ $step == build ]] && ((failed)); then break; fi
+done
+
+echo
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
+echo "commit $QKROPE_COMMIT"
+printf '%s\n' "${summary[@]}"
+exit "$failed"
