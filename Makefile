@@ -17,8 +17,8 @@ NATIVE := $(wildcard src/qkrope/native/*.c src/qkrope/native/*.h src/qkrope/nati
 FORMATTED := $(NATIVE) $(wildcard src/qkrope/*/*.cu)
 PYTHON_DIRS := $(wildcard src tests examples benchmarks tools)
 TVM_FFI_MIN := 0.1.11
-SANITIZE_TESTS ?= tests/test_kernels.py
-SMOKE_TESTS ?= tests/test_kernels.py tests/test_errors.py
+SANITIZE_TESTS ?= tests/test_kernels.py tests/test_kernel_rules.py
+SMOKE_TESTS ?= tests/test_kernels.py tests/test_compat.py
 
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 XDIST := -n $(JOBS)
@@ -39,7 +39,8 @@ $(VENV)/.build: constraints.txt pyproject.toml
 
 # PATH: the pinned cmake and ninja, not whatever the machine has.
 $(VENV)/.package: $(VENV)/.build CMakeLists.txt $(NATIVE)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -c constraints.txt --no-build-isolation \
+	@echo 'Building qkrope; the first time this also downloads what it needs, torch among it.'
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q -c constraints.txt --no-build-isolation \
 	  -C cmake.define.QKROPE_WERROR=$(WERROR) -e '.[cuda,bench,test,dev]'
 	@touch $@
 
@@ -69,19 +70,23 @@ test-tvm-ffi-min: venv ## the library as built, run on the oldest tvm-ffi that i
 	  $(SMOKE_TESTS) $(ARGS)
 
 # The base interpreter, with .venv's packages on PYTHONPATH: the editable install of .venv would
-# win over PYTHONPATH inside .venv itself. Any report ends the run.
+# win over PYTHONPATH inside .venv itself. Any report ends the run; the first run must end so.
 sanitize: venv ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q --no-build-isolation --no-deps --upgrade \
 	  --target build/sanitize -C build-dir=build/sanitize-cmake \
-	  -C cmake.define.QKROPE_SANITIZE=ON .
+	  -C cmake.define.QKROPE_SANITIZE=ON -C install.strip=false .
 	site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))'); \
 	base=$$($(PY) -c 'import sys; print(sys._base_executable)'); \
 	export PYTHONPATH="$(CURDIR)/build/sanitize:$$site" OMP_NUM_THREADS=2 \
-	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
+	  PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
 	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)"; \
 	"$$base" -c 'import qkrope; assert "/build/sanitize/" in qkrope.__file__, qkrope.__file__' && \
-	"$$base" -m pytest -p no:xdist -p no:cacheprovider -m "$(CPU_ONLY)" $(SANITIZE_TESTS) $(ARGS)
+	if "$$base" tools/planted_fault.py overrun >build/sanitize-control.log 2>&1 || \
+	    ! grep -q 'heap-buffer-overflow' build/sanitize-control.log; then \
+	  echo 'the planted overrun was not reported: see build/sanitize-control.log'; exit 1; fi && \
+	"$$base" -m pytest -p no:cacheprovider --capture=sys -m "$(CPU_ONLY)" \
+	  $(SANITIZE_TESTS) $(ARGS)
 
 bench: venv ## the CPU benchmark; records and a plot go to RESULTS
 	@mkdir -p $(RESULTS)

@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
-ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
+ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512bf16")
 
 
 def _need_cuda() -> None:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qkrope import angles
 from qkrope.angles import Angles, frac, frac_words, resolve, split
 from qkrope.spec import NTK, DynamicNTK, Linear, Llama3, LongRoPE, Rope, Spec, YaRN
 
@@ -36,7 +37,7 @@ def upstream(dim, theta, fields, longest, seq_len=None):
     return ROPE_INIT_FUNCTIONS[fields["rope_type"]](config, "cpu", seq_len=seq_len)
 
 
-def assert_close(angles, expected, theta, *, blend=1.0):
+def assert_close(got, expected, theta, *, blend=1.0):
     """Agreement to the float32 rounding of the upstream chain, u = 2^-24 relative a step:
 
     i / dim one, then theta ** x: an exponent off by x * u moves the result by x * ln(theta) * u
@@ -48,10 +49,10 @@ def assert_close(angles, expected, theta, *, blend=1.0):
     """
     inv_freq, attention_factor = expected
     bound = (math.log(theta) + 14 + 4 * blend) * 2.0**-24
-    assert len(angles.inv_freq) == len(inv_freq)
-    for i, (ours, theirs) in enumerate(zip(angles.inv_freq, inv_freq.tolist(), strict=True)):
+    assert len(got.inv_freq) == len(inv_freq)
+    for i, (ours, theirs) in enumerate(zip(got.inv_freq, inv_freq.tolist(), strict=True)):
         assert abs(ours - theirs) <= bound * abs(theirs), (i, ours, theirs)
-    assert angles.attention_factor == pytest.approx(float(attention_factor), rel=1e-12)
+    assert got.attention_factor == pytest.approx(float(attention_factor), rel=1e-12)
 
 
 @pytest.mark.parametrize("theta", THETAS)
@@ -178,16 +179,26 @@ def ramp(theta, dim, factor, low, high):
 
 @pytest.mark.parametrize(
     ("low", "high"),
-    [(0, 0), (5, 5), (0, 63), (10, 30), (-8, 90), (20.5, 33.25), (63, 63), (30, 10)],
+    [
+        (0, 0),
+        (5, 5),
+        (0, 63),
+        (10, 30),
+        (-8, 90),
+        (20.5, 33.25),
+        (63, 63),
+        (30, 10),
+        (20.9995, 20.9995),
+    ],
 )
 @pytest.mark.parametrize("factor", [1.0, 4.0, 0.5])
 def test_yarn_from_ramp(low, high, factor):
     spec = make(128, 5e5, YaRN.from_ramp(factor, low, high, 1.2))
-    angles = resolve(spec)
+    got = resolve(spec)
     # pow of theta and -x against 1 / pow of x: a few float64 roundings.
     expected = ramp(5e5, 128, factor, low, high).tolist()
-    assert angles.inv_freq == pytest.approx(expected, rel=1e-14)
-    assert angles.attention_factor == 1.2
+    assert got.inv_freq == pytest.approx(expected, rel=1e-14)
+    assert got.attention_factor == 1.2
 
 
 def test_from_ramp_direction():
@@ -292,6 +303,10 @@ def sample_floats():
             yield value
     tie = 2 * math.pi * 2.0**-65  # half a unit: the two neighbours round apart
     yield from (tie, math.nextafter(tie, 0.0), math.nextafter(tie, 1.0))
+
+
+def test_the_constant_is_one_turn():
+    assert angles._TURN == int(mpmath.floor(mpmath.mpf(2) ** angles._TURN_BITS / (2 * mpmath.pi)))
 
 
 def test_frac_is_exact_to_the_last_bit():

@@ -11,10 +11,12 @@ many tokens. Elsewhere:
   ``test_kernels.test_scalings``, ``test_mutants``, and test_angles.py against Hugging Face;
 * angles that lose accuracy with the position: the position list of every recipe, and
   ``test_mutants.angle_in_float32``;
-* a second rounding between norm and rotation: ``test_kernel_rules.test_outputs_are_correctly_rounded``;
+* a second rounding between norm and rotation:
+  ``test_kernel_rules.test_outputs_are_correctly_rounded``;
 * bits that differ with the instruction mix (contraction): the kernels spell every product and sum;
   ``test_kernel_rules.test_bits_do_not_depend_on_*``;
-* reading before the previous kernel wrote: ``test_kernel_rules.test_reads_what_the_previous_kernel_wrote``;
+* reading before the previous kernel wrote:
+  ``test_kernel_rules.test_reads_what_the_previous_kernel_wrote``;
 * synchronising with the host, graph capture: ``test_kernel_rules.test_in_a_cuda_graph``;
 * positions that are silently converted: int32 and int64 both run in ``test_kernels.test_layouts``;
 * a fallback that is silently slow, a compile error that becomes "unsupported": test_compat.py;
@@ -31,8 +33,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import qkrope
 import torch
+
+import qkrope
 from cases import Recipe, assert_same_bits
 from qkrope.spec import Rope, Spec, YaRN
 

@@ -58,7 +58,7 @@ def make(head_dim, dtype, device, lead=(6,), heads=HEADS, seed=0) -> dict[str, A
     view.copy_(x)
     weights = (torch.randn(head_dim, generator=draw).to(dtype) for _ in range(2))
     q_weight, k_weight = (w.to(device) for w in weights)
-    positions = torch.tensor([0, 1, 4095, 131071, 2**24 + 1, 2**31 - 1, -1]).repeat(9)
+    positions = torch.tensor([0, -1, 4095, 131071, 2**24 + 1, 2**31 - 1, 1]).repeat(50)
     positions = positions[: math.prod(lead)].view(lead)
     return {
         "buffer": buffer,

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import qkrope
 import torch
+from torch import Tensor
+
+import qkrope
 from cases import Recipe, assert_same_bits, fraction_correctly_rounded
 from qkrope import reference
 from qkrope.accuracy import SLACK, ulp
 from qkrope.spec import Norm, Rope, Spec
-from torch import Tensor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
@@ -79,9 +80,7 @@ def test_negative_positions_rotate_back(backend: str, pairing: str) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("layout", ["packed", "transposed"])
 @PAIRINGS
-def test_a_bad_value_stays_in_its_head(
-    backend: str, layout: str, bad: float, pairing: str
-) -> None:
+def test_a_bad_value_stays_in_its_head(backend: str, layout: str, bad: float, pairing: str) -> None:
     recipe = Recipe(spec_of(64, 32, pairing), lead=(1, 9), layout=layout)
     clean = qkrope.qk_norm_rope(*recipe.make(backend).args())
     call = recipe.make(backend)
@@ -169,7 +168,7 @@ def test_the_same_call_twice_gives_the_same_bits(device: str) -> None:
 # ---- processes and threads --------------------------------------------------------------------
 
 FORK = """
-import os, sys, torch, qkrope
+import os, signal, sys, torch, qkrope
 torch.set_num_threads(2)
 spec = qkrope.Spec(8, 2, 128)
 q, k, w = torch.randn(3000, 8, 128), torch.randn(3000, 2, 128), torch.randn(128)
@@ -179,7 +178,9 @@ def call():
     return q2.numpy().tobytes() + k2.numpy().tobytes()
 before = call() if sys.argv[1] == "used" else None
 if os.fork() == 0:
-    os._exit(before is not None and call() != before)
+    signal.alarm(40)  # a child that hangs must not outlive the test
+    child = call()
+    os._exit(before is not None and child != before)
 os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 

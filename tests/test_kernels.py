@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import qkrope
 import torch
+from torch import Tensor
+
+import qkrope
 from cases import LAYOUTS, Call, Recipe, Shape, assert_same_bits, guarded
 from qkrope.spec import NTK, DynamicNTK, Linear, Llama3, LongRoPE, Norm, Rope, Spec, YaRN
-from torch import Tensor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
@@ -92,13 +93,13 @@ def same_as(call: Call, q2: Tensor | None, k2: Tensor | None) -> None:
 @PAIRINGS
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shape(device: str, shape: tuple[int, int], dtype: torch.dtype, pairing: str) -> None:
+def test_shape(backend: str, shape: tuple[int, int], dtype: torch.dtype, pairing: str) -> None:
     """Each shape with another number of heads and tokens, and so with another mix of them."""
     turn = SHAPES.index(shape) + 2 * (pairing == "half")
     heads = HEADS[turn % 4] if shape[0] < 1024 else (3, 2)
     lead = (TOKENS[2 * (turn // 2) % 6] if heads[0] < 32 else 33,)
     recipe = Recipe(spec_of(*shape, pairing, heads), dtype=dtype, lead=lead, layout="packed")
-    run_every_form(recipe, device)
+    run_every_form(recipe, backend)
 
 
 CORE = (
@@ -118,6 +119,7 @@ CORE = (
 )
 
 
+@pytest.mark.sanitize
 @DTYPES
 @pytest.mark.parametrize("which", range(len(CORE)))
 def test_core(backend: str, which: int, dtype: torch.dtype) -> None:
@@ -172,10 +174,10 @@ def test_weights_of_two_dtypes(device: str) -> None:
 @pytest.mark.parametrize("rotary", [32, None])
 @DTYPES
 def test_norms(
-    device: str, norms: tuple[Norm, Norm | None], rotary: int | None, dtype: torch.dtype
+    backend: str, norms: tuple[Norm, Norm | None], rotary: int | None, dtype: torch.dtype
 ) -> None:
     spec = spec_of(rotary=rotary, norm=norms[0], k_norm=norms[1])
-    run_every_form(Recipe(spec, dtype=dtype, lead=(17,)), device)
+    run_every_form(Recipe(spec, dtype=dtype, lead=(17,)), backend)
 
 
 # ---- layouts and positions --------------------------------------------------------------------
@@ -223,6 +225,7 @@ def test_strided_positions(device: str, dtype: torch.dtype) -> None:
         call.check(*qkrope.qk_norm_rope(*call.args()))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("layout", [*LAYOUTS])
 @DTYPES
 def test_out(device: str, layout: str, dtype: torch.dtype) -> None:
@@ -272,16 +275,16 @@ def test_q_and_k_of_different_lengths(device: str, k_lead: Shape, angle: str) ->
 @PAIRINGS
 @DTYPES
 def test_tables(
-    device: str, angle: str, pairing: str, dtype: torch.dtype, position_shape: str
+    backend: str, angle: str, pairing: str, dtype: torch.dtype, position_shape: str
 ) -> None:
     spec = spec_of(64, 40, pairing)
     # A table has the attention factor inside: the one of the Spec must not be applied again.
     spec = replace(spec, rope=replace(spec.rope, scaling=YaRN.from_ramp(4.0, 1.0, 5.0, 1.25)))
     recipe = Recipe(spec, dtype=dtype, lead=(2, 9), angle=angle, layout="packed")
     recipe = recipe.but(position_shape=position_shape)
-    run_every_form(recipe, device)
+    run_every_form(recipe, backend)
     if angle != "complex":
-        run_every_form(recipe.but(table_dtype=dtype, seed=1), device)
+        run_every_form(recipe.but(table_dtype=dtype, seed=1), backend)
 
 
 @pytest.mark.parametrize("angle", ["inv_freq32", "inv_freq64"])

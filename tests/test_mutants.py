@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cases import Call, Recipe, error_over_bound, round_once
-from qkrope import reference
-from qkrope.spec import Norm, Rope, Spec, YaRN
 from torch import Tensor
+
+from cases import Call, Recipe, error_over_bound, round_once
+from qkrope import angles, reference, reference_angles
+from qkrope.spec import Norm, Rope, Spec, YaRN
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SPEC = Spec(
@@ -169,24 +170,23 @@ def angle_in_float32(call: Call, patch: Patch) -> Outputs:
         angle = positions.float()[..., None] * torch.tensor(inv_freq, dtype=torch.float32)
         return angle.double().cos(), angle.double().sin()
 
-    patch.setattr(reference, "_cos_sin_of_positions", wrong)
+    patch.setattr(reference_angles, "cos_sin_of_positions", wrong)
     return oracle(call)
 
 
 def frequency_in_32_bits(call: Call, patch: Patch) -> Outputs:
-    words = [round(w * 2.0**-32) << 32 for w in reference._fractions(angles_of(call))]
-    patch.setattr(reference, "_fractions", lambda inv_freq: tuple(words))
+    words = [
+        round(w * 2.0**-32) << 32
+        for w in reference_angles.fractions(angles.resolve(call.spec).inv_freq)
+    ]
+    patch.setattr(reference_angles, "fractions", lambda inv_freq: tuple(words))
     return oracle(call)
-
-
-def angles_of(call: Call) -> tuple[float, ...]:
-    return reference.angles.resolve(call.spec).inv_freq
 
 
 def position_sign_lost(call: Call, patch: Patch) -> Outputs:
     """The sign lost on the way."""
-    right = reference._cos_sin_of_positions
-    patch.setattr(reference, "_cos_sin_of_positions", lambda p, f: right(p.long().abs(), f))
+    right = reference_angles.cos_sin_of_positions
+    patch.setattr(reference_angles, "cos_sin_of_positions", lambda p, f: right(p.long().abs(), f))
     return oracle(call)
 
 

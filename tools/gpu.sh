@@ -69,7 +69,7 @@ sanitize() {
   # A clean report proves nothing if the filter matches nothing: this one must not be clean.
   local start=$SECONDS
   compute-sanitizer --tool initcheck --check-api-memory-access no "${filter[@]}" \
-    "$python" tools/uninitialised.py >>"$out/sanitize.log" 2>&1
+    "$python" tools/planted_fault.py uninitialised >>"$out/sanitize.log" 2>&1
   if (($? == 9)); then
     note control ok $((SECONDS - start)) "the planted uninitialised read was reported"
   else

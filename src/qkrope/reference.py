@@ -7,7 +7,7 @@ For one head x (or, with scope "row", all heads of one token at once)::
       layer     mean = average(x)                     rstd = 1 / sqrt(average((x - mean)^2) + eps)
       l2        mean = 0                              rstd = 1 / max(sqrt(sum(x^2)), eps)
       none      n = x
-    rotate      the pair (a, b) of channels becomes (a cos - b sin, b cos + a sin) * attention_factor
+    rotate      a pair of channels (a, b) becomes (a cos - b sin, b cos + a sin) * attention_factor
       half          pairs (i, i + rotary_dim / 2)     channels from rotary_dim on are left alone
       interleaved   pairs (2 i, 2 i + 1)
       angle         position * inv_freq[i], reduced modulo a turn in exact integers
@@ -16,21 +16,20 @@ For one head x (or, with scope "row", all heads of one token at once)::
 float64; ``round_to=`` rounds it once. ``rounding="eager"`` is the one exception: it repeats the
 casts of the unfused chain and returns the dtype of its input.
 
-`criterion_terms` is the scale that the acceptance criterion (`qkrope.accuracy`) measures against.
+`criterion_terms` is the scale of the acceptance criterion in `qkrope.accuracy`; angles are in
+`qkrope.reference_angles`.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from . import angles
 from .accuracy import error_over_bound, round_once, ulp
+from .reference_angles import CosSin, Positions, Source, resolve
 from .spec import Norm, Spec
 
 __all__ = [
@@ -41,9 +40,6 @@ __all__ = [
     "round_once",
     "ulp",
 ]
-
-Positions = Tensor | tuple[Tensor, Tensor] | None
-CosSin = tuple[Tensor, Tensor] | None
 
 
 def qk_norm_rope(
@@ -173,118 +169,6 @@ def criterion_terms(
     )
 
 
-# ---- angles -----------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=256)
-def _fractions(inv_freq: tuple[float, ...]) -> tuple[int, ...]:
-    """Each frequency as a 64-bit fraction of a turn a position, read as a signed word."""
-    words = (angles.frac(f) for f in inv_freq)
-    return tuple(w - (1 << 64) if w >= 1 << 63 else w for w in words)
-
-
-def _cos_sin_of_positions(positions: Tensor, inv_freq: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * inv_freq, [..., pairs], within 1e-15 at every position.
-
-    Whole turns do not matter, so the product of the integers may wrap: an int64 product is taken
-    modulo 2^64, which here is modulo one turn, and what is left is a signed part of a turn.
-    """
-    frac = torch.tensor(_fractions(inv_freq), dtype=torch.int64, device=positions.device)
-    turns = (positions.to(torch.int64)[..., None] * frac).double() * 2.0**-64
-    return (2 * math.pi * turns).cos(), (2 * math.pi * turns).sin()
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The angle source of one call."""
-
-    spec: Spec
-    q_positions: Tensor | None
-    k_positions: Tensor | None
-    inv_freq: tuple[float, ...]
-    attention_factor: float
-    cos_sin: CosSin
-    cache: Tensor | None
-
-    def channel_cos_sin(self, lead: torch.Size, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every rotated channel, float64, [*lead, 1, rotary_dim]."""
-        pairs = self.spec.rotary_dim // 2
-        cos_sin = self.cos_sin
-        if cos_sin is None:
-            if positions is None:
-                raise ValueError("positions: None, expected integers: this spec rotates")
-            positions = _checked_positions(positions, lead)
-            if self.cache is not None:
-                rows = self.cache.shape[0]
-                if positions.numel() and not 0 <= positions.min() <= positions.max() < rows:
-                    raise ValueError(f"positions: outside the {rows} rows of cos_sin_cache")
-                row = self.cache.double()[positions.long()]
-                cos_sin = row[..., :pairs], row[..., pairs:]
-            else:
-                cos, sin = _cos_sin_of_positions(positions, self.inv_freq)
-                cos_sin = cos * self.attention_factor, sin * self.attention_factor
-        cos, sin = (self._widen(name, t) for name, t in zip(("cos", "sin"), cos_sin, strict=True))
-        cos, sin = (torch.broadcast_to(t, (*lead, t.shape[-1])).unsqueeze(-2) for t in (cos, sin))
-        return cos, sin
-
-    def _widen(self, name: str, table: Tensor) -> Tensor:
-        """One value a pair becomes one a channel."""
-        rot, width = self.spec.rotary_dim, table.shape[-1]
-        table = table.double()
-        if width == rot:
-            return table
-        if width != rot // 2:
-            raise ValueError(f"{name}: last dimension {width}, expected {rot // 2} or {rot}")
-        if self.spec.rope is not None and self.spec.rope.pairing == "interleaved":
-            return table.repeat_interleave(2, dim=-1)
-        return torch.cat((table, table), dim=-1)
-
-
-def _checked_positions(positions: Tensor, lead: torch.Size) -> Tensor:
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"positions: {positions.dtype}, expected int32 or int64")
-    wide = positions.long()
-    if wide.numel() and not -(2**31) <= wide.min() <= wide.max() < 2**31:
-        raise ValueError("positions: a value outside [-2^31, 2^31)")
-    try:
-        return torch.broadcast_to(positions, lead)
-    except RuntimeError:
-        shape = tuple(positions.shape)
-        raise ValueError(f"positions: shape {shape} does not broadcast to {tuple(lead)}") from None
-
-
-def _resolve(
-    spec: Spec,
-    positions: Positions,
-    cos_sin: CosSin,
-    cos_sin_cache: Tensor | None,
-    inv_freq: Tensor | None,
-    seq_len: int | None,
-) -> _Call:
-    given = {"cos_sin": cos_sin, "cos_sin_cache": cos_sin_cache, "inv_freq": inv_freq}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(f"{' and '.join(names)}: expected at most one of them")
-    if names and spec.rope is None:
-        raise ValueError(f"{names[0]}: given, but the spec has rope=None")
-    frequencies, attention_factor = (), 1.0
-    if spec.rope is not None and cos_sin is None and cos_sin_cache is None:
-        resolved = angles.resolve(spec, seq_len)
-        frequencies, attention_factor = tuple(resolved.inv_freq), resolved.attention_factor
-    pairs = spec.rotary_dim // 2
-    if inv_freq is not None:
-        if tuple(inv_freq.shape) != (pairs,):
-            raise ValueError(f"inv_freq: shape {tuple(inv_freq.shape)}, expected ({pairs},)")
-        frequencies = tuple(inv_freq.double().tolist())
-    if cos_sin_cache is not None and (
-        cos_sin_cache.ndim != 2 or cos_sin_cache.shape[1] != spec.rotary_dim
-    ):
-        got = tuple(cos_sin_cache.shape)
-        raise ValueError(f"cos_sin_cache: shape {got}, expected (rows, {spec.rotary_dim})")
-    q_pos, k_pos = positions if isinstance(positions, tuple) else (positions, positions)
-    return _Call(spec, q_pos, k_pos, frequencies, attention_factor, cos_sin, cos_sin_cache)
-
-
 # ---- normalise and rotate ---------------------------------------------------------------------
 
 
@@ -308,27 +192,27 @@ def _sides(
     k_weight: Tensor | None,
     positions: Positions,
     spec: Spec,
-    *,
-    q_bias: Tensor | None = None,
-    k_bias: Tensor | None = None,
-    cos_sin: CosSin = None,
-    cos_sin_cache: Tensor | None = None,
-    inv_freq: Tensor | None = None,
-    seq_len: int | None = None,
+    **extras: Unpack[Extras],
 ) -> tuple[_Side | None, _Side | None]:
-    call = _resolve(spec, positions, cos_sin, cos_sin_cache, inv_freq, seq_len)
+    table, cache = extras.get("cos_sin"), extras.get("cos_sin_cache")
+    source = resolve(spec, positions, table, cache, extras.get("inv_freq"), extras.get("seq_len"))
     return (
-        _side(call, "q", q, q_weight, q_bias, spec.q_norm),
-        _side(call, "k", k, k_weight, k_bias, spec.k_norm_resolved),
+        _side(source, "q", q, q_weight, extras.get("q_bias"), spec.q_norm),
+        _side(source, "k", k, k_weight, extras.get("k_bias"), spec.k_norm_resolved),
     )
 
 
 def _side(
-    call: _Call, name: str, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: Norm
+    source: Source,
+    name: str,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm,
 ) -> _Side | None:
     if x is None:
         return None
-    spec = call.spec
+    spec = source.spec
     heads = spec.num_q_heads if name == "q" else spec.num_kv_heads
     if x.ndim < 2 or tuple(x.shape[-2:]) != (heads, spec.head_dim):
         got = tuple(x.shape)
@@ -336,11 +220,11 @@ def _side(
     weight = _per_channel(f"{name}_weight", weight, norm, heads, spec.head_dim)
     bias = _per_channel(f"{name}_bias", bias, norm, heads, spec.head_dim)
     cos = sin = None
-    gain: float | Tensor = max(1.0, call.attention_factor)
+    gain: float | Tensor = max(1.0, source.attention_factor)
     if spec.rope is not None:
-        positions = call.q_positions if name == "q" else call.k_positions
-        cos, sin = call.channel_cos_sin(x.shape[:-2], positions)
-        if call.cos_sin is not None or call.cache is not None:
+        positions = source.q_positions if name == "q" else source.k_positions
+        cos, sin = source.channel_cos_sin(x.shape[:-2], positions)
+        if source.cos_sin is not None or source.cache is not None:
             gain = torch.maximum(cos.abs(), sin.abs()).clamp_min(1.0)
     return _Side(x, norm, weight, bias, cos, sin, gain)
 

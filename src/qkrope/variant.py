@@ -71,21 +71,23 @@ class Variant:
         )
 
     @property
-    def layouts(self) -> tuple[str, ...]:
-        """The kernels of this variant: widest loads first, single elements last."""
+    def vector_bytes(self) -> int:
+        """Width of the aligned loads, 0 where a lane's channels make no whole number of them."""
         pairs, rotated = self.head_dim // 2, self.rotary_dim // 2
         units = (self.head_dim + 7) // 8
-        least = 1 if units <= 32 else 2 if units <= 64 else 4
-        found = []
-        if self.pairing == "half":
-            if self.dtype != "float32" and pairs % 8 == 0 and rotated % 8 == 0:
-                if units % max(least, 2) == 0:
-                    found.append("wide")
-            if pairs % 4 == 0 and rotated % 4 == 0 and units % least == 0:
-                found.append("narrow")
-        elif self.head_dim % 8 == 0 and units % least == 0:
-            found.append("narrow")
-        return (*found, "scalar")
+        held = 1 if units <= 32 else 2 if units <= 64 else 4  # QK_LANE_UNITS
+        if units % held:
+            return 0
+        if self.pairing == "interleaved":
+            return 16 if self.head_dim % 8 == 0 else 0
+        if pairs % (4 * held) or rotated % (4 * held):
+            return 0
+        return 8 if held == 1 and self.dtype != "float32" else 16
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The kernels of this variant: the fast one, and the one for rows of any alignment."""
+        return ("vector", "scalar") if self.vector_bytes else ("scalar",)
 
     def macros(self) -> str:
         """The variant as the preprocessor lines that precede kernel.cu."""
@@ -99,7 +101,6 @@ class Variant:
             "Q_WEIGHT": DTYPES.index(self.q_weight),
             "K_WEIGHT": DTYPES.index(self.k_weight),
             "ANGLE": ANGLES.index(self.angle),
-            "HAS_WIDE": int("wide" in self.layouts),
-            "HAS_NARROW": int("narrow" in self.layouts),
+            "VECTOR_BYTES": self.vector_bytes,
         }
         return "".join(f"#define QK_{name} {value}\n" for name, value in values.items())

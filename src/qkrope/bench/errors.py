@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +52,11 @@ def _pair_length(ref: torch.Tensor, spec: Spec) -> torch.Tensor:
         return ref.abs()
     turned = ref[..., :rotary]
     if spec.rope.pairing == "half":
-        one = turned.unflatten(-1, (2, -1)).norm(dim=-2)
+        one = torch.hypot(*turned.unflatten(-1, (2, -1)).unbind(-2))
         length = torch.cat((one, one), dim=-1)
     else:
-        length = turned.unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
+        one = torch.hypot(*turned.unflatten(-1, (-1, 2)).unbind(-1))
+        length = one.repeat_interleave(2, dim=-1)
     return torch.cat((length, ref[..., rotary:].abs()), dim=-1)
 
 
@@ -78,6 +80,16 @@ def compare(got: Pair, exact: Pair, terms: Pair, spec: Spec, dtype: torch.dtype)
         right += int((y == round_once(ref, dtype)).sum())
         total += y.numel()
     return Errors(worst, pair_ulp, right / total if total else 1.0)
+
+
+def merge(parts: Sequence[tuple[Errors, int]]) -> Errors:
+    """Errors of several comparisons as one, given the number of rows of each."""
+    total = sum(rows for _, rows in parts)
+    return Errors(
+        max(errors.worst for errors, _ in parts),
+        max(errors.pair_ulp for errors, _ in parts),
+        sum(errors.correct * rows for errors, rows in parts) / total,
+    )
 
 
 def exact_and_terms(

@@ -9,8 +9,6 @@ from typing import Any
 
 from .records import Record
 
-_SMALL = 12  # so many shapes get a legend of one column
-
 
 def draw(records: Sequence[Record], path: Path) -> None:
     """Draw the records to a PNG. ValueError for none."""
@@ -22,7 +20,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     first = records[0]
-    figure, (times, shares) = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained")
+    figure, (times, shares) = plt.subplots(1, 2, figsize=(13, 6.4), layout="constrained")
     names = list(dict.fromkeys(r.shape for r in records))
     colors = plt.get_cmap("tab20")
     for index, name in enumerate(names):
@@ -52,8 +50,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
     shares.set_ylim(bottom=0)
     for axis in (times, shares):
         axis.grid(True, which="major", alpha=0.3)
-    columns = 1 if len(names) <= _SMALL else 2
-    times.legend(fontsize=8, ncols=columns, loc="upper left", framealpha=0.9)
+    handles, labels = times.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=9, ncols=5, loc="outside lower center")
     threads = f", {first.threads} threads" if first.threads else ""
     caches = ", circles hot, squares cold" if first.device == "cuda" else ""
     figure.suptitle(f"qkrope {first.dtype}: {first.device_name}, {first.isa}{threads}{caches}")
@@ -72,14 +70,17 @@ def _lines(axis: Any, records: Sequence[Record]) -> None:
         ("memory sweep", "--", lambda r: r.sweep_us),
         ("eager torch", ":", lambda r: r.baselines.get("eager", {}).get("us")),
     ):
-        groups: dict[int, list[tuple[int, float]]] = {}
-        for r in records:
-            if value(r):
-                groups.setdefault(r.bytes.bit_length() // 2, []).append((r.bytes, value(r)))
-        points = [
-            (median(b for b, _ in group), median(us for _, us in group))
-            for _, group in sorted(groups.items())
-        ]
-        if points:
-            x, y = zip(*points, strict=True)
-            axis.plot(x, y, color="black", linestyle=style, linewidth=1.6, label=label)
+        named: str | None = label
+        for cache in dict.fromkeys(r.cache for r in records):
+            groups: dict[int, list[tuple[int, float]]] = {}
+            for r in records:
+                if r.cache == cache and value(r):
+                    groups.setdefault(r.bytes.bit_length() // 2, []).append((r.bytes, value(r)))
+            points = [
+                (median(b for b, _ in group), median(us for _, us in group))
+                for _, group in sorted(groups.items())
+            ]
+            if points:
+                x, y = zip(*points, strict=True)
+                axis.plot(x, y, color="black", linestyle=style, linewidth=1.6, label=named)
+                named = None

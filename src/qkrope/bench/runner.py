@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,15 @@ import qkrope
 from . import timing
 from .baselines import BASELINES
 from .data import Inputs, another_buffer, make_inputs, stationary
-from .errors import Errors, compare, exact_and_terms, finite
+from .errors import Errors, compare, exact_and_terms, finite, merge
 from .machine import environment
 from .records import Record
 from .shapes import Shape
-from .sweep import device_sweep, host_sweep
+from .sweep import device_sweep_measure, host_sweep
 
 HOT_TOKENS = 1024  # CUDA: measured hot up to here, cold from here on
 COLD_BYTES = 300e6  # a rotation at least this large cannot stay in any L2
+ORACLE_CHUNK = 1024  # rows; float64 needs several times the memory of the call
 OP = "qkv_norm_rope_"
 
 
@@ -62,16 +64,29 @@ def run(plan: Plan, note: Callable[[str], None] = lambda text: None) -> Iterator
     facts = environment(plan.device)
     checked: dict[tuple[Shape, int], tuple[Errors, int]] = {}
     for shape, tokens, cache in plan.cases():
-        inputs = make_inputs(shape, tokens, plan.dtype, plan.device)
-        if (shape, tokens) not in checked:
-            checked[shape, tokens] = check(inputs, plan.oracle_rows)
-        errors, rows = checked[shape, tokens]
         names = [
             name
             for name in plan.baselines
             if name != "compile" or shape.name in plan.compile_shapes
         ]
-        yield _measure(plan, inputs, cache, names, errors, rows, facts, note)
+        with _current(plan.device):
+            inputs = make_inputs(shape, tokens, plan.dtype, plan.device)
+            if (shape, tokens) not in checked:
+                checked[shape, tokens] = check(inputs, plan.oracle_rows)
+            errors, rows = checked[shape, tokens]
+            record = _measure(plan, inputs, cache, names, errors, rows, facts, note)
+        yield record
+
+
+@contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """Make a CUDA device current, and give back what the graphs of a case held."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield
+        torch.cuda.empty_cache()
 
 
 def call(inputs: Inputs) -> Callable[[], object]:
@@ -96,11 +111,17 @@ def check(inputs: Inputs, rows: int | None) -> tuple[Errors, int]:
     if not torch.equal(inputs.qkv[picks, columns:], v_before):
         raise RuntimeError(f"{inputs.shape.name}: the V columns changed")
     spec = inputs.shape.spec
-    exact, terms = exact_and_terms(
-        *before, inputs.q_weight, inputs.k_weight, inputs.positions[picks], spec
-    )
-    got = (inputs.q[picks], inputs.k[picks])
-    return compare(got, exact, terms, spec, inputs.qkv.dtype), count
+    parts: list[tuple[Errors, int]] = []
+    for at in range(0, count, ORACLE_CHUNK):
+        some = slice(at, at + ORACLE_CHUNK)
+        q, k = before[0][some], before[1][some]
+        rows_at = picks[some]
+        exact, terms = exact_and_terms(
+            q, k, inputs.q_weight, inputs.k_weight, inputs.positions[rows_at], spec
+        )
+        got = (inputs.q[rows_at], inputs.k[rows_at])
+        parts.append((compare(got, exact, terms, spec, inputs.qkv.dtype), len(rows_at)))
+    return merge(parts), count
 
 
 def _measure(
@@ -177,21 +198,21 @@ def _measures(
         count = 2 if cache == "hot" else max(2, math.ceil(COLD_BYTES / (moved / 2)))
         buffers += [another_buffer(inputs) for _ in range(count - 1)]
         launches = timing.launches_for(count, moved / 3e6)  # at 3 TB/s
-    sweep = (lambda x: device_sweep(x, pdl=pdl)) if inputs.qkv.is_cuda else host_sweep
     makers: dict[str, Callable[[Sequence[Inputs]], list[Callable[[], object]]]] = {
         "kernel": lambda buffers: [call(b) for b in buffers],
-        "sweep": lambda buffers: [sweep(b) for b in buffers],
+        "sweep": lambda buffers: [host_sweep(b) for b in buffers],
     }
     makers |= {name: BASELINES[name] for name in baselines}
     measures: dict[str, timing.Measure] = {}
     failed: dict[str, str] = {}
     for name, make in makers.items():
         try:
-            calls = make(buffers)
             if launches is None:
-                measures[name] = timing.host_measure(calls[0])
+                measures[name] = timing.host_measure(make(buffers)[0])
+            elif name == "sweep":
+                measures[name] = device_sweep_measure(buffers, launches, pdl=pdl)
             else:
-                measures[name] = timing.graph_measure(calls, launches)
+                measures[name] = timing.graph_measure(make(buffers), launches)
         except Exception as error:
             if name == "kernel":
                 raise

@@ -6,18 +6,20 @@ What a kernel that only moves the bytes needs; `ratio` in a record is our time o
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
+from statistics import median
 from typing import Any
 
 import torch
 
 from .data import Inputs
+from .timing import Measure, graph_measure
 
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
-_BLOCK = 128
-_VEC = 2  # twin of VEC in sweep.cu
+_BLOCK = 128  # twin of the launch bounds in sweep.cu
+WIDTHS = (1, 2, 4)  # 16-byte words a thread
 
 
 def _columns(inputs: Inputs) -> torch.Tensor:
@@ -36,15 +38,15 @@ def host_sweep(inputs: Inputs) -> Callable[[], object]:
     return lambda: columns.bitwise_xor_(1)
 
 
-def compile_sweep(arch: str, pdl: bool) -> bytes:
+def compile_sweep(arch: str, row_words: int, vec: int, pdl: bool) -> bytes:
     """The cubin of sweep.cu for `arch` ("sm_90"); needs NVRTC but no GPU."""
     from cuda.core import Program, ProgramOptions
 
-    source = resources.files(__package__).joinpath("sweep.cu").read_text()
-    define: list[Any] = [("VEC", str(_VEC))] + ([("PDL", "1")] if pdl else [])
+    source = resources.files("qkrope").joinpath("bench", "sweep.cu").read_text()
+    define: list[Any] = [("VEC", str(vec)), ("ROW_WORDS", str(row_words))]
+    define += [("PDL", "1")] if pdl else []
     program = Program(source, "c++", ProgramOptions(arch=arch, define_macro=define))
-    code = program.compile("cubin").code
-    return bytes(code)
+    return bytes(program.compile("cubin").code)
 
 
 def _ok(result: tuple[Any, ...]) -> Any:
@@ -54,18 +56,22 @@ def _ok(result: tuple[Any, ...]) -> Any:
 
 
 @cache
-def _kernel(device: int, pdl: bool) -> Any:
+def _kernel(device: int, row_words: int, vec: int, pdl: bool) -> Any:
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
+    cubin = compile_sweep(f"sm_{major}{minor}", row_words, vec, pdl)
     with torch.cuda.device(device):
         torch.cuda.synchronize()  # makes torch's context current
-        module = _ok(driver.cuModuleLoadData(compile_sweep(f"sm_{major}{minor}", pdl)))
+        module = _ok(driver.cuModuleLoadData(cubin))
         return _ok(driver.cuModuleGetFunction(module, b"qk_sweep"))
 
 
-def device_sweep(inputs: Inputs, *, pdl: bool) -> Callable[[], object]:
-    """CUDA: sweep.cu, with programmatic dependent launch where asked."""
+def device_sweep(inputs: Inputs, *, pdl: bool, vec: int = 2) -> Callable[[], object]:
+    """CUDA: sweep.cu with `vec` 16-byte words a thread, and programmatic dependent launch or not.
+
+    ValueError where the columns are no whole 16-byte words, or more than 2^32 of them.
+    """
     from cuda.bindings import driver
 
     qkv = inputs.qkv
@@ -73,14 +79,12 @@ def device_sweep(inputs: Inputs, *, pdl: bool) -> Callable[[], object]:
     row_bytes, used = inputs.shape.width * itemsize, inputs.shape.columns * itemsize
     if row_bytes % 16 or used % 16 or qkv.data_ptr() % 16:
         raise ValueError(f"sweep: got {used} of {row_bytes} bytes a row, expected multiples of 16")
-    function = _kernel(qkv.device.index or 0, pdl)
-    words = used // 16
+    words = inputs.tokens * (used // 16)
+    if words >= 2**32:
+        raise ValueError(f"sweep: got {words} words, expected fewer than 2^32")
+    function = _kernel(qkv.device.index or 0, used // 16, vec, pdl)
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = (
-        -(-words // (_BLOCK * _VEC)),
-        min(inputs.tokens, 65535),
-        1,
-    )
+    config.gridDimX, config.gridDimY, config.gridDimZ = -(-words // (_BLOCK * vec)), 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = _BLOCK, 1, 1
     if pdl:
         attribute = driver.CUlaunchAttribute()
@@ -89,11 +93,20 @@ def device_sweep(inputs: Inputs, *, pdl: bool) -> Callable[[], object]:
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs = [attribute]
         config.numAttrs = 1
-    values = (qkv.data_ptr(), row_bytes // 16, words, inputs.tokens)
-    types = (ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_longlong)
+    values = (qkv.data_ptr(), row_bytes // 16, words)
+    types = (ctypes.c_void_p, ctypes.c_longlong, ctypes.c_uint)
 
     def call() -> None:
         config.hStream = torch.cuda.current_stream().cuda_stream
         _ok(driver.cuLaunchKernelEx(config, function, (values, types), 0))
 
     return call
+
+
+def device_sweep_measure(buffers: Sequence[Inputs], launches: int, *, pdl: bool) -> Measure:
+    """The fastest width of the sweep on these buffers, as a graph: a slow yardstick flatters."""
+    candidates = [
+        graph_measure([device_sweep(b, pdl=pdl, vec=vec) for b in buffers], launches)
+        for vec in WIDTHS
+    ]
+    return min(candidates, key=lambda measure: median(measure() for _ in range(5)))

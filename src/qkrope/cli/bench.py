@@ -80,16 +80,17 @@ def _plan(args: argparse.Namespace) -> Plan:
     if unknown := [name for name in names if name not in BASELINES]:
         raise UsageError(f"--baselines: got {unknown[0]}, expected of {', '.join(BASELINES)}")
     compiled = selected if args.full else selected[:1]
+    device = pick_device(args.device)
     return runner.Plan(
         shapes=selected,
         tokens=args.tokens or (shapes.FULL_TOKENS if args.full else shapes.DEFAULT_TOKENS),
         dtype=torch_dtype(args.dtype),
-        device=pick_device(args.device),
+        device=device,
         baselines=names,
         compile_shapes=frozenset(shape.name for shape in compiled),
         oracle_rows=None if args.full else 256,
         rounds=50 if args.full else 25,
-        baseline_rounds=7 if args.full or args.device == "cuda" else 3,
+        baseline_rounds=7 if args.full or device.type == "cuda" else 3,
     )
 
 

@@ -84,8 +84,8 @@ class Output:
 
     def progress(self) -> Progress:
         """A progress bar on stderr; silent where stderr is no terminal."""
-        from rich.console import Console
         from rich import progress as bars
+        from rich.console import Console
 
         return bars.Progress(
             bars.TextColumn("{task.description}"),

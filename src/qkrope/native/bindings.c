@@ -70,7 +70,7 @@ FUNCTION(plan_new) {
   size_t bytes = plan->num_frac * sizeof(qk_frac);
   plan->frac = (qk_frac*)malloc(bytes ? bytes : 1);
   if (!plan->frac) return qk_raise("MemoryError", "plan_new: out of memory");
-  memcpy(plan->frac, (const void*)(uintptr_t)args[12].v_int64, bytes);
+  if (bytes) memcpy(plan->frac, (const void*)(uintptr_t)args[12].v_int64, bytes);
   return return_int(result, (int64_t)(uintptr_t)plan);
 }
 
@@ -142,12 +142,21 @@ FUNCTION(cuda_bind) {
   return return_int(result, 0);
 }
 
-// warps_per_token(passes, tokens, num_sms): the grid rule, for its test and for the bench.
-FUNCTION(warps_per_token) {
+// passes(heads, groups a warp, most, tokens, num_sms): the grid rule, for its test.
+FUNCTION(passes) {
   (void)self;
-  if (n != 3) return qk_raise("TypeError", "warps_per_token: expected 3 arguments, got %d", n);
-  return return_int(result, qk_warps_per_token((int)args[0].v_int64, args[1].v_int64,
-                                               (int)args[2].v_int64));
+  if (n != 5) return qk_raise("TypeError", "passes: expected 5 arguments, got %d", n);
+  return return_int(result, qk_passes((int)args[0].v_int64, (int)args[1].v_int64,
+                                      (int)args[2].v_int64, args[3].v_int64, (int)args[4].v_int64));
+}
+
+// force_grid(passes, warps a block, groups on tokens): overrides the grid rule while the bench tries
+// alternatives; (0, 0, -1) is the rule again.
+FUNCTION(force_grid) {
+  (void)self;
+  if (n != 3) return qk_raise("TypeError", "force_grid: expected 3 arguments, got %d", n);
+  qk_force_grid((int)args[0].v_int64, (int)args[1].v_int64, (int)args[2].v_int64);
+  return return_int(result, 0);
 }
 
 // cpu_select_isa(name): "" picks the best, or what QKROPE_ISA names. -> the level now in use

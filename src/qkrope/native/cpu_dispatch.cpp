@@ -45,8 +45,8 @@ const Level kLevels[] = {
 const long long kParallelHeads = 1000;
 
 #ifdef _OPENMP
-// A forked child inherits libgomp's record of its pool but not the threads: a parallel region there
-// waits for ever. Such a child computes alone; one whose parent never started the pool starts its own.
+// A forked child inherits libgomp's record of its pool but not the threads, so that a parallel
+// region waits for ever: it computes alone, unless its parent had not started the pool.
 int pool_started, pool_lost;  // by __atomic operations only
 
 void after_fork() {

@@ -220,49 +220,62 @@ class Kernel {
 
   // xy: where this token's x and y are; ahead: the next one's x, fetched meanwhile.
   void run_side(const Side& s, const long long* xy, long long ahead) const {
-    const int heads = s.args->heads;
-    if (!heads) return;
+    if (!s.args->heads) return;
+    // Heads of the common widths without any loop, their factors in registers from first to last.
+    constexpr int kBlocks = V::kFactors / 4 / kVectors;
+    F factors[V::kFactors + 1];
+    if (kBlocks > 0 && pairs_.full == kBlocks && !pairs_.tail && !rest_.count()) {
+      for (int i = 0; i < V::kFactors; i++) factors[i] = V::load(s.fold + i * N);
+      run_heads<kBlocks>(s, factors, xy, ahead - xy[0]);
+    } else {
+      run_heads<0>(s, s.fold, xy, ahead - xy[0]);
+    }
+  }
+
+  template <int kBlocks, class Factors>
+  void run_heads(const Side& s, const Factors* factors, const long long* xy, long long ahead) const {
+    const int heads = s.args->heads, bytes = variant_.head_dim * kSize;
+    const long long x_head = s.x_head, y_head = s.y_head;
     const char* x = at(s.args->x, xy[0]);
     char* y = static_cast<char*>(s.args->y) + xy[1];
-    const int bytes = variant_.head_dim * kSize;
-    ahead -= xy[0];
-    for (int head = 0; head < heads; head += kBatch) {
-      int count = heads - head < kBatch ? heads - head : kBatch;
-      float rstd[kBatch] = {1, 1, 1, 1};
-      if (s.normalise) statistics(s, x, count, rstd);
-      for (int i = 0; i < count; i++, x += s.x_head, y += s.y_head) {
+    // The statistics of a batch are begun before the batch in front of it is written: their roots and
+    // divisions take long, and nothing there waits for them.
+    float rstd[2][kBatch] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
+    if (s.normalise) statistics(s, x, heads, rstd[0]);
+    for (int head = 0, now = 0; head < heads; head += kBatch, now ^= 1) {
+      if (s.normalise && head + kBatch < heads)
+        statistics(s, x + kBatch * x_head, heads - head - kBatch, rstd[now ^ 1]);
+      for (int i = 0; i < kBatch && head + i < heads; i++, x += x_head, y += y_head) {
         for (int line = 0; line < bytes; line += 64) __builtin_prefetch(x + ahead + line);
-        write_head(s, x, y, F(rstd[i]));
+        write_head<kBlocks>(s, x, y, F(rstd[now][i]), factors);
       }
     }
   }
 
-  void statistics(const Side& s, const char* x, int count, float* rstd) const {
-    F sums[kBatch];
-    for (int i = 0; i < kBatch; i++) sums[i] = i < count ? sum_of_squares(x + i * s.x_head) : F(0.f);
+  // Of the next batch, or of the `left` heads that are left.
+  void statistics(const Side& s, const char* x, int left, float* rstd) const {
+    F sums[kBatch] = {sum_of_squares(x), sum_of_squares(x + (left > 1 ? 1 : 0) * s.x_head),
+                      sum_of_squares(x + (left > 2 ? 2 : 0) * s.x_head),
+                      sum_of_squares(x + (left > 3 ? 3 : 0) * s.x_head)};
     const int dim = variant_.head_dim;
     const float eps = s.args->eps;
     int doubtful = V::rstd(sums, (float)dim, eps, s.low, rstd);
-    for (int i = 0; __builtin_expect(doubtful, 0) && i < count; i++)
+    for (int i = 0; __builtin_expect(doubtful, 0) && i < kBatch && i < left; i++)
       if (doubtful >> i & 1) rstd[i] = wide_rstd(x + i * s.x_head, dim, eps);
   }
 
-  // Several sums a lane, so that none grows long; which block goes to which depends on head_dim only.
+  // Four sums a lane, so that none grows long; what goes to which depends on head_dim only.
   F sum_of_squares(const char* x) const {
-    constexpr int kGroup = V::template kSquareBlocks<kType>, kPer = V::template kSquareSums<kType>;
-    constexpr int kSums = kGroup * kPer;
-    F sum[kSums];
-    for (int j = 0; j < kSums; j++) sum[j] = F(0.0f);
-    int b = 0;
-    for (; b + kGroup <= squares_.full; b += kGroup)
-      for (int j = 0; j < kGroup; j++) V::template square<kType>(x + (b + j) * kBytes, sum + j * kPer);
-    for (int j = 0; j < kGroup - 1; j++)
-      if (b + j < squares_.full) V::template square<kType>(x + (b + j) * kBytes, sum + j * kPer);
-    if (squares_.tail)
-      V::template square_part<kType>(x + squares_.full * kBytes, squares_.tail, sum + kSums - kPer);
-    for (int n = kSums / 2; n > 0; n /= 2)
-      for (int j = 0; j < n; j++) sum[j] = add(sum[j], sum[j + n]);
-    return sum[0];
+    F a(0.0f), b(0.0f), c(0.0f), d(0.0f);
+    const Blocks blocks = squares_;
+    int i = 0;
+    for (; i + 2 <= blocks.full; i += 2, x += 2 * kBytes) {
+      V::template square<kType, false>(x, 0, a, b);
+      V::template square<kType, false>(x + kBytes, 0, c, d);
+    }
+    if (i < blocks.full) V::template square<kType, false>(x, 0, a, b), x += kBytes;
+    if (blocks.tail) V::template square<kType, true>(x, blocks.tail, c, d);
+    return V::template kOneSum<kType> ? add(a, c) : add(add(a, b), add(c, d));
   }
 
   // For rows whose squares leave the range of float.
@@ -275,40 +288,52 @@ class Kernel {
     return V::wide_rstd(((sum[0] + sum[2]) + (sum[1] + sum[3])) / dim + eps);
   }
 
-  void write_head(const Side& s, const char* x, char* y, F rstd) const {
-    const float* fold = s.fold;
-    for (int b = 0; b < pairs_.full; b++, fold += 4 * N * kVectors)
-      write_pairs<false>(x + b * kBytes, y + b * kBytes, 0, rstd, fold);
-    if (pairs_.tail)
-      write_pairs<true>(x + pairs_.full * kBytes, y + pairs_.full * kBytes, pairs_.tail, rstd, fold);
-    x += rotary_ * kSize;
-    y += rotary_ * kSize;
-    for (int b = 0; b < rest_.full; b++)
-      write_rest<false>(x + b * kBytes, y + b * kBytes, 0, rstd, s.rest + b * kBlock);
-    if (rest_.tail)
-      write_rest<true>(x + rest_.full * kBytes, y + rest_.full * kBytes, rest_.tail, rstd,
-                       s.rest + rest_.full * kBlock);
+  template <int kBlocks, class Factors>
+  void write_head(const Side& s, const char* x, char* y, F rstd, const Factors* factors) const {
+    constexpr int kStep = sizeof(Factors) == sizeof(float) ? 4 * N : 4;
+    if (kBlocks) {
+      const long long other = kBlocks * kBytes;
+#pragma GCC unroll 8
+      for (int b = 0; b < kBlocks; b++)
+        write_pairs<false>(x + b * kBytes, y + b * kBytes, 0, other, rstd, factors + b * kStep * kVectors);
+      return;
+    }
+    const Blocks pairs = pairs_, rest = rest_;
+    const long long other = half_ * kSize;
+    for (int b = 0; b < pairs.full; b++, x += kBytes, y += kBytes, factors += kStep * kVectors)
+      write_pairs<false>(x, y, 0, other, rstd, factors);
+    if (pairs.tail) write_pairs<true>(x, y, pairs.tail, other, rstd, factors);
+    x += rotary_ * kSize - pairs.full * kBytes;
+    y += rotary_ * kSize - pairs.full * kBytes;
+    const float* weight = s.rest;
+    for (int b = 0; b < rest.full; b++, x += kBytes, y += kBytes, weight += kBlock)
+      write_rest<false>(x, y, 0, rstd, weight);
+    if (rest.tail) write_rest<true>(x, y, rest.tail, rstd, weight);
   }
 
-  static void turn(F& a, F& b, F rstd, const float* f) {
+  static F factor(const float* f, int i) { return V::load(f + i * N); }
+  static F factor(const F* f, int i) { return f[i]; }
+
+  template <class Factors>
+  static void turn(F& a, F& b, F rstd, const Factors* f, int i) {
     F ya, yb;
-    rotate(mul(a, rstd), mul(b, rstd), V::load(f), V::load(f + N), V::load(f + 2 * N),
-           V::load(f + 3 * N), ya, yb);
+    rotate(mul(a, rstd), mul(b, rstd), factor(f, i), factor(f, i + 1), factor(f, i + 2),
+           factor(f, i + 3), ya, yb);
     a = ya, b = yb;
   }
 
-  // A block of pairs; kPart: its first n channels only.
-  template <bool kPart>
-  void write_pairs(const char* x, char* y, int n, F rstd, const float* fold) const {
+  // A block of pairs, `other` bytes apart in half pairing; kPart: its first n channels only.
+  template <bool kPart, class Factors>
+  static void write_pairs(const char* x, char* y, int n, long long other, F rstd, const Factors* f) {
     F e, o, e2, o2;
     V::template load2<kType, kInterleaved, kPart>(x, n, e, o);
     if (kInterleaved) {
-      turn(e, o, rstd, fold);
+      turn(e, o, rstd, f, 0);
     } else {
-      V::template load2<kType, kInterleaved, kPart>(x + half_ * kSize, n, e2, o2);
-      turn(e, e2, rstd, fold);
-      turn(o, o2, rstd, fold + 4 * N);
-      V::template store2<kType, kInterleaved, kPart>(y + half_ * kSize, n, e2, o2);
+      V::template load2<kType, kInterleaved, kPart>(x + other, n, e2, o2);
+      turn(e, e2, rstd, f, 0);
+      turn(o, o2, rstd, f, 4);
+      V::template store2<kType, kInterleaved, kPart>(y + other, n, e2, o2);
     }
     V::template store2<kType, kInterleaved, kPart>(y, n, e, o);
   }

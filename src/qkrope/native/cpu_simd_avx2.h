@@ -48,10 +48,9 @@ struct Avx2 {
   using F = Float8;
   using I = Int8;
   static constexpr int N = 8;
+  static constexpr int kFactors = 0;  // vectors of a table that registers have room for
   template <int>
-  static constexpr int kSquareBlocks = 2;
-  template <int>
-  static constexpr int kSquareSums = 2;
+  static constexpr bool kOneSum = false;  // square() leaves its second sum alone
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
@@ -120,18 +119,17 @@ struct Avx2 {
     if (kType == QK_F16) {
       words = _mm256_set_m128i(_mm256_cvtps_ph(hi.v, 0), _mm256_cvtps_ph(lo.v, 0));
     } else {
-      words = _mm256_blend_epi16(_mm256_srli_epi32(to_bf16(e), 16), to_bf16(o), 0xaa);
+      words = to_bf16(_mm256_castps_si256(e.v), _mm256_castps_si256(o.v));
     }
     put<kPart>(p, words, 2 * n);
   }
 
-  template <int kType>
-  static void square(const char* p, F* sum) {
-    add_squares<kType, false>(p, 0, sum);
-  }
-  template <int kType>
-  static void square_part(const char* p, int n, F* sum) {
-    add_squares<kType, true>(p, n, sum);
+  template <int kType, bool kPart>
+  static void square(const char* p, int n, F& a, F& b) {
+    F e, o;
+    load2<kType, false, kPart>(p, n, e, o);
+    a = fma(e, e, a);
+    b = fma(o, o, b);
   }
 
  private:
@@ -139,19 +137,14 @@ struct Avx2 {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
   }
 
-  template <int kType, bool kPart>
-  static void add_squares(const char* p, int n, F* sum) {
-    F e, o;
-    load2<kType, false, kPart>(p, n, e, o);
-    sum[0] = fma(e, e, sum[0]);
-    sum[1] = fma(o, o, sum[1]);
-  }
-
-  // Nearest even in the upper half of each word. A NaN here has a zero lower half and stays.
-  static __m256i to_bf16(F a) {
-    __m256i w = _mm256_castps_si256(a.v);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(w, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(_mm256_add_epi32(w, _mm256_set1_epi32(0x7fff)), odd);
+  // Nearest even, in words in the order of channels: the upper halves, and one more where the lower
+  // half, plus one if the upper one is odd, is over a half. A NaN here has a zero lower half and stays.
+  static __m256i to_bf16(__m256i e, __m256i o) {
+    const __m256i half = _mm256_set1_epi16((short)0x8000), one = _mm256_set1_epi16(1);
+    __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(e, 16), o, 0xaa);
+    __m256i lower = _mm256_blend_epi16(e, _mm256_slli_epi32(o, 16), 0xaa);
+    lower = _mm256_adds_epu16(lower, _mm256_and_si256(upper, one));
+    return _mm256_add_epi16(upper, _mm256_min_epu16(_mm256_subs_epu16(lower, half), one));
   }
 
   // The first `bytes` (even; none if negative, all from 32 on) of a vector and zeros.

@@ -54,6 +54,7 @@ struct Avx512 {
   using F = Float16;
   using I = Int16;
   static constexpr int N = 16;
+  static constexpr int kFactors = 16;  // vectors of a table that registers have room for
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
@@ -139,21 +140,26 @@ struct Avx512 {
 
 #ifdef __AVX512BF16__
   template <int kType>
-  static constexpr int kSquareSums = kType == QK_BF16 ? 1 : 2;
+  static constexpr bool kOneSum = kType == QK_BF16;  // square() leaves its second sum alone
 #else
   template <int>
-  static constexpr int kSquareSums = 2;
+  static constexpr bool kOneSum = false;
 #endif
-  template <int kType>
-  static constexpr int kSquareBlocks = 4 / kSquareSums<kType>;
 
-  template <int kType>
-  static void square(const char* p, F* sum) {
-    add_squares<kType, false>(p, 0, sum);
-  }
-  template <int kType>
-  static void square_part(const char* p, int n, F* sum) {
-    add_squares<kType, true>(p, n, sum);
+  template <int kType, bool kPart>
+  static void square(const char* p, int n, F& a, F& b) {
+#ifdef __AVX512BF16__
+    if (kType == QK_BF16) {
+      // Exact products; those below 2^-126 are lost, see Kernel::Side::low.
+      __m512bh words = (__m512bh)load_words<kPart>(p, n);
+      a = _mm512_dpbf16_ps(a.v, words, words);
+      return;
+    }
+#endif
+    F e, o;
+    load2<kType, false, kPart>(p, n, e, o);
+    a = fma(e, e, a);
+    b = fma(o, o, b);
   }
 
  private:
@@ -162,22 +168,6 @@ struct Avx512 {
   template <bool kPart>
   static __m512i load_words(const char* p, int n) {
     return kPart ? _mm512_maskz_loadu_epi16(first(n), p) : _mm512_loadu_si512(p);
-  }
-
-  template <int kType, bool kPart>
-  static void add_squares(const char* p, int n, F* sum) {
-#ifdef __AVX512BF16__
-    if (kType == QK_BF16) {
-      // Exact products; those below 2^-126 are lost, see Kernel::Side::low.
-      __m512bh words = (__m512bh)load_words<kPart>(p, n);
-      sum[0] = _mm512_dpbf16_ps(sum[0].v, words, words);
-      return;
-    }
-#endif
-    F e, o;
-    load2<kType, false, kPart>(p, n, e, o);
-    sum[0] = fma(e, e, sum[0]);
-    sum[kSquareSums<kType> - 1] = fma(o, o, sum[kSquareSums<kType> - 1]);
   }
 
   // Nearest even, (e, o) to words in the order of channels; `used` says which of them matter.
@@ -192,14 +182,15 @@ struct Avx512 {
     __mmask32 zero = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x7fff));
     if (__builtin_expect(!(zero & used), 1)) return words;
 #endif
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(round_up(e), 16), round_up(o));
-  }
-
-  // Nearest even in the upper half of each word. A NaN here has a zero lower half and stays.
-  static __m512i round_up(F a) {
-    __m512i w = _mm512_castps_si512(a.v);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(w, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(0x7fff)), odd);
+    // The upper halves, and one more where the lower half, plus one if the upper one is odd, is over a
+    // half. A NaN here has a zero lower half and stays.
+    const __m512i half = _mm512_set1_epi16((short)0x8000), one = _mm512_set1_epi16(1);
+    const __m512i odd = _mm512_set1_epi32(0xffff0000);
+    __m512i ew = _mm512_castps_si512(e.v), ow = _mm512_castps_si512(o.v);
+    __m512i upper = _mm512_ternarylogic_epi32(odd, ow, _mm512_srli_epi32(ew, 16), 0xca);
+    __m512i lower = _mm512_ternarylogic_epi32(odd, _mm512_slli_epi32(ow, 16), ew, 0xca);
+    lower = _mm512_adds_epu16(lower, _mm512_and_si512(upper, one));
+    return _mm512_add_epi16(upper, _mm512_min_epu16(_mm512_subs_epu16(lower, half), one));
   }
 };
 

@@ -62,10 +62,9 @@ struct Portable {
   using F = Float4;
   using I = Int4;
   static constexpr int N = 4;
+  static constexpr int kFactors = 0;  // vectors of a table that registers have room for
   template <int>
-  static constexpr int kSquareBlocks = 4;
-  template <int>
-  static constexpr int kSquareSums = 2;
+  static constexpr bool kOneSum = false;  // square() leaves its second sum alone
 
   static F load(const float* p) { return raw<quad>(p); }
   static void store(float* p, F a) { __builtin_memcpy(p, &a.v, 16); }
@@ -125,13 +124,12 @@ struct Portable {
     if (kPart) __builtin_memcpy(p, part, n * (kType == QK_F32 ? 4 : 2));
   }
 
-  template <int kType>
-  static void square(const char* p, F* sum) {
-    add_squares<kType, false>(p, 0, sum);
-  }
-  template <int kType>
-  static void square_part(const char* p, int n, F* sum) {
-    add_squares<kType, true>(p, n, sum);
+  template <int kType, bool kPart>
+  static void square(const char* p, int n, F& a, F& b) {
+    F e, o;
+    load2<kType, false, kPart>(p, n, e, o);
+    a = fma(e, e, a);
+    b = fma(o, o, b);
   }
 
  private:
@@ -140,14 +138,6 @@ struct Portable {
     T value;
     __builtin_memcpy(&value, p, sizeof value);
     return value;
-  }
-
-  template <int kType, bool kPart>
-  static void add_squares(const char* p, int n, F* sum) {
-    F e, o;
-    load2<kType, false, kPart>(p, n, e, o);
-    sum[0] = fma(e, e, sum[0]);
-    sum[1] = fma(o, o, sum[1]);
   }
 
   // Nearest even in the upper half of each word. A NaN here has a zero lower half and stays.

@@ -1,7 +1,8 @@
-// kernel.cu: normalise, rotate and store Q and K. One warp stays on one token and walks over its
-// heads; a group of lanes covers a head, and a lane holds both channels of each of its pairs, so
-// that the only thing lanes exchange is the sum of squares. The macros QK_HEAD_DIM, QK_ROTARY_DIM,
-// QK_PAIRING, QK_DTYPE, QK_Q_NORM, QK_K_NORM, QK_Q_WEIGHT, QK_K_WEIGHT and QK_ANGLE are the variant.
+// kernel.cu: normalise, rotate and store Q and K. A group of lanes covers a head and stays on one
+// token for a few heads of q or of k; a lane holds both channels of each of its pairs, so that the
+// only thing lanes exchange is the sum of squares. The macros QK_HEAD_DIM, QK_ROTARY_DIM,
+// QK_PAIRING, QK_DTYPE, QK_Q_NORM, QK_K_NORM, QK_Q_WEIGHT, QK_K_WEIGHT, QK_ANGLE, QK_VECTOR_BYTES are
+// the variant.
 #include "math.h"
 #include "params.h"
 
@@ -9,9 +10,13 @@ namespace {
 
 constexpr int kHeadDim = QK_HEAD_DIM, kRotary = QK_ROTARY_DIM;
 constexpr int kPairs = kHeadDim / 2, kRotatedPairs = kRotary / 2;
-constexpr int kItem = QK_DTYPE == QK_F32 ? 4 : 2;
 constexpr bool kHalf = QK_PAIRING == QK_HALF;
+constexpr int kUnits = QK_LANE_UNITS(kHeadDim), kLanes = QK_LANES(kHeadDim);
+constexpr int kGroups = QK_GROUPS(kHeadDim), kPasses = QK_PASSES(kHeadDim);
+constexpr int kCount = kUnits * 4;  // pairs a lane
 constexpr unsigned kAllLanes = 0xffffffffu;
+// No lane holds rotated and unrotated pairs both.
+constexpr bool kWholeLanes = kRotatedPairs % kCount == 0;
 
 static_assert(kHeadDim >= 2 && kHeadDim <= QK_MAX_HEAD_DIM && kHeadDim % 2 == 0, "head_dim");
 static_assert(kRotary >= 0 && kRotary <= kHeadDim && kRotary % 2 == 0, "rotary_dim");
@@ -99,7 +104,7 @@ __device__ __forceinline__ void store_run(void* to, const unsigned* words) {
 
 // A lane's share of one row (a head or a weight) of kType: kUnits * 4 pairs, channels a then b for
 // half pairing, a b a b ... for interleaved. kBytes is the width of a load, 0 for single elements.
-template <int kType, int kUnits, int kBytes>
+template <int kType, int kBytes>
 struct Share {
   static constexpr int kSize = kType == QK_F32 ? 4 : 2;
   static constexpr int kWords = kUnits * 8 * kSize / 4;
@@ -133,45 +138,70 @@ struct Share {
     }
     held_a = a, held_b = b;
   }
-  __device__ __forceinline__ void load(const void* row, int first) {
-    const char* base = (const char*)row;
+  // Units are summed on their own and then pairwise, as group_sum goes on across lanes.
+  __device__ __forceinline__ float sum_of_squares() const {
+    float unit[kUnits];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      unit[u] = 0.0f;
+#pragma unroll
+      for (int i = 4 * u; i < 4 * u + 4; ++i) {
+        unit[u] = qk::fma(a(i), a(i), unit[u]);
+        unit[u] = qk::fma(b(i), b(i), unit[u]);
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < kUnits; step *= 2)
+#pragma unroll
+      for (int u = 0; u + step < kUnits; u += 2 * step) unit[u] = qk::add(unit[u], unit[u + step]);
+    return unit[0];
+  }
+  // Where a lane's share of a row begins: at its own channels, or (single elements) with the row.
+  __device__ __forceinline__ static int place(int first) {
+    return kBytes ? channel_a(first) * kSize : 0;
+  }
+  __device__ __forceinline__ void load(const char* from, int first) {
     if constexpr (kBytes > 0) {
       if (kHalf) {
-        load_run<kWords / 2, kBytes>(base + channel_a(first) * kSize, words);
-        load_run<kWords / 2, kBytes>(base + channel_b(first) * kSize, words + kWords / 2);
+        load_run<kWords / 2, kBytes>(from, words);
+        load_run<kWords / 2, kBytes>(from + apart(first), words + kWords / 2);
       } else {
-        load_run<kWords, kBytes>(base + channel_a(first) * kSize, words);
+        load_run<kWords, kBytes>(from, words);
       }
     } else {
       clear();
 #pragma unroll
       for (int i = 0; i < kUnits * 4; ++i) {
         if (first + i >= kPairs) continue;
-        put(kHalf ? i : 2 * i, base, channel_a(first + i));
-        put(kHalf ? kUnits * 4 + i : 2 * i + 1, base, channel_b(first + i));
+        put(kHalf ? i : 2 * i, from, channel_a(first + i));
+        put(kHalf ? kUnits * 4 + i : 2 * i + 1, from, channel_b(first + i));
       }
     }
   }
-  __device__ __forceinline__ void store(void* row, int first) const {
-    char* base = (char*)row;
+  __device__ __forceinline__ void store(char* to, int first) const {
     if constexpr (kBytes > 0) {
       if (kHalf) {
-        store_run<kWords / 2, kBytes>(base + channel_a(first) * kSize, words);
-        store_run<kWords / 2, kBytes>(base + channel_b(first) * kSize, words + kWords / 2);
+        store_run<kWords / 2, kBytes>(to, words);
+        store_run<kWords / 2, kBytes>(to + apart(first), words + kWords / 2);
       } else {
-        store_run<kWords, kBytes>(base + channel_a(first) * kSize, words);
+        store_run<kWords, kBytes>(to, words);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kUnits * 4; ++i) {
         if (first + i >= kPairs) continue;
-        take(kHalf ? i : 2 * i, base, channel_a(first + i));
-        take(kHalf ? kUnits * 4 + i : 2 * i + 1, base, channel_b(first + i));
+        take(kHalf ? i : 2 * i, to, channel_a(first + i));
+        take(kHalf ? kUnits * 4 + i : 2 * i + 1, to, channel_b(first + i));
       }
     }
   }
 
  private:
+  // Bytes from a lane's a channels to its b channels: a constant for a fully rotated head.
+  __device__ __forceinline__ static int apart(int first) {
+    if (kRotary == kHeadDim || kRotary == 0) return kPairs * kSize;
+    return (first < kRotatedPairs ? kRotatedPairs : kPairs - kRotatedPairs) * kSize;
+  }
   __device__ __forceinline__ void put(int e, const char* base, int channel) {
     if (kSize == 4)
       words[e] = ((const unsigned*)base)[channel];
@@ -198,12 +228,7 @@ __device__ __forceinline__ void sincos_of_phase(int phase, float& s, float& c) {
   }
 }
 
-// Cosine and sine of a lane's pairs. Channels a and b differ only under a full-width table.
-template <int kCount>
-struct Angles {
-  static constexpr int kSecond = QK_ANGLE == QK_ANGLE_TABLE ? kCount : 1;
-  float cos_a[kCount], sin_a[kCount], cos_b[kSecond], sin_b[kSecond];
-};
+#define QK_NAN __int_as_float(0x7fffffff)
 
 __device__ __forceinline__ float table_value(const void* table, int type, long long at) {
   if (type == QK_F32) return ((const float*)table)[at];
@@ -212,29 +237,20 @@ __device__ __forceinline__ float table_value(const void* table, int type, long l
                          : widen_half_word<QK_F16>(word, false);
 }
 
-template <int kCount>
-__device__ __forceinline__ void read_table(const qk_params& p, long long cos_at, long long sin_at,
-                                           bool bad, int first, Angles<kCount>& angle) {
+// The table is ours and aligned, so two entries make a 16-byte load.
+__device__ __forceinline__ void read_frac(const qk_frac* table, int first, qk_frac (&frac)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    int j = first + i;
-    if (j >= kRotatedPairs) continue;
-    if (bad) {
-      angle.cos_a[i] = angle.sin_a[i] = __int_as_float(0x7fffffff);
-      if (angle.kSecond > 1) angle.cos_b[i] = angle.sin_b[i] = __int_as_float(0x7fffffff);
-      continue;
-    }
-    int a = p.table_full ? channel_a(j) : j, b = p.table_full ? channel_b(j) : j;
-    angle.cos_a[i] = table_value(p.cos, p.table_dtype, cos_at + a * p.cos_step);
-    angle.sin_a[i] = table_value(p.sin, p.table_dtype, sin_at + a * p.sin_step);
-    if (angle.kSecond > 1) {
-      angle.cos_b[i] = table_value(p.cos, p.table_dtype, cos_at + b * p.cos_step);
-      angle.sin_b[i] = table_value(p.sin, p.table_dtype, sin_at + b * p.sin_step);
+  for (int i = 0; i < kCount; i += 2) {
+    if (first + i + 1 < kRotatedPairs) {
+      const int4 two = *(const int4*)(table + first + i);
+      frac[i].lo = two.x, frac[i].hi = two.y, frac[i + 1].lo = two.z, frac[i + 1].hi = two.w;
+    } else if (first + i < kRotatedPairs) {
+      frac[i] = table[first + i];
     }
   }
 }
 
-__device__ __forceinline__ qk_frac caller_frac(const qk_params& p, int j) {
+__device__ __forceinline__ qk_frac caller_frac(const qk_launch& p, int j) {
   double f = p.inv_freq_dtype == QK_F64 ? ((const double*)p.inv_freq)[j * p.inv_freq_step]
                                         : (double)((const float*)p.inv_freq)[j * p.inv_freq_step];
   qk_frac frac;
@@ -244,233 +260,248 @@ __device__ __forceinline__ qk_frac caller_frac(const qk_params& p, int j) {
 
 // ---- the walk over a token's heads ------------------------------------------------------------
 
-// Offsets of a token, from its index in the coalesced leading dimensions.
+// Byte offsets of a token, from its index in the coalesced leading dimensions.
 struct Token {
-  long long q_x, q_y, k_x, k_y, pos, cos, sin;
+  long long x, y, pos, cos, sin;
 };
 
-__device__ __forceinline__ void advance(const qk_params& p, int d, long long i, Token& t) {
-  t.q_x += i * p.q.x_dim[d], t.q_y += i * p.q.y_dim[d];
-  t.k_x += i * p.k.x_dim[d], t.k_y += i * p.k.y_dim[d];
-  if (QK_ANGLE != QK_ANGLE_NONE) t.pos += i * p.pos_dim[d];
-  if (QK_ANGLE == QK_ANGLE_TABLE) t.cos += i * p.cos_dim[d], t.sin += i * p.sin_dim[d];
-}
-
-__device__ __forceinline__ Token locate(const qk_params& p, unsigned token) {
-  Token t = {0, 0, 0, 0, 0, 0, 0};
-#pragma unroll 1
-  for (int d = p.ndim - 1; d > 0; --d) {
-    unsigned size = (unsigned)p.size[d];
-    advance(p, d, token % size, t);
-    token /= size;
+__device__ __forceinline__ Token locate(const qk_launch& p, int side, unsigned token) {
+  Token t = {0, 0, 0, 0, 0};
+  if (p.ndim == 1 && QK_ANGLE != QK_ANGLE_TABLE) {
+    t.x = token * p.side[side].x_token, t.y = token * p.side[side].y_token;
+    t.pos = token * p.pos_token;
+    return t;
   }
-  advance(p, 0, token, t);
+#pragma unroll 1
+  for (int d = p.ndim - 1; d >= 0; --d) {
+    unsigned i = d ? token % p.size[d] : token;
+    if (d) token /= p.size[d];
+    t.x += i * p.x_dim[side][d], t.y += i * p.y_dim[side][d];
+    t.pos += i * p.pos_dim[d];
+    if (QK_ANGLE == QK_ANGLE_TABLE) t.cos += i * p.cos_dim[d], t.sin += i * p.sin_dim[d];
+  }
   return t;
 }
 
-// Sum over the lanes of a group; every lane gets it. The tree is that of kLanes rounded up to a
-// power of two with zeros, whatever the lanes hold, so that layouts agree bit for bit.
-template <int kLanes>
-__device__ __forceinline__ float group_sum(float x, int base, int rank) {
+// Sums over the lanes of a group, for kRows rows at once; every lane gets them. The tree is that of
+// kLanes rounded up to a power of two with zeros, whatever the lanes hold.
+template <int kRows>
+__device__ __forceinline__ void group_sums(float (&sums)[kRows], int base, int rank) {
 #pragma unroll
   for (int step = 1; step < kLanes; step *= 2) {
-    if ((kLanes & (kLanes - 1)) == 0) {
-      x = __fadd_rn(x, __shfl_xor_sync(kAllLanes, x, step));
-    } else {
-      int from = (rank ^ step) & ~(step - 1);
-      float other = __shfl_sync(kAllLanes, x, base + from);
-      x = __fadd_rn(x, from < kLanes ? other : 0.0f);
+    const int from = (rank ^ step) & ~(step - 1);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if ((kLanes & (kLanes - 1)) == 0) {
+        sums[i] = __fadd_rn(sums[i], __shfl_xor_sync(kAllLanes, sums[i], step));
+      } else {
+        const float other = __shfl_sync(kAllLanes, sums[i], base + from);
+        sums[i] = __fadd_rn(sums[i], from < kLanes ? other : 0.0f);
+      }
     }
   }
-  return x;
 }
 
-template <int kUnits, int kBytes>
-__device__ __forceinline__ void run(const qk_params& p, int warps_per_token) {
-  constexpr int kLanes = (QK_UNITS(kHeadDim) + kUnits - 1) / kUnits;
-  constexpr int kHeads = 32 / kLanes;  // a pass
-  constexpr int kCount = kUnits * 4;   // pairs a lane
-  using Row = Share<QK_DTYPE, kUnits, kBytes>;
-  using QWeight = Share<QK_Q_WEIGHT, kUnits, kBytes>;
-  using KWeight = Share<QK_K_WEIGHT, kUnits, kBytes>;
+// What the rotation multiplies a lane's normalised channels by, weights inside:
+// y_a = n_a * aa - n_b * ab, y_b = n_b * bb + n_a * ba, with n = x * rstd.
+struct Factors {
+  float aa[kCount], ab[kCount] = {}, bb[kCount], ba[kCount] = {};
+};
 
-  // 1. Place: which token, which share of its passes, which pairs of which head.
-  const int lane = threadIdx.x % 32, group = lane / kLanes, rank = lane % kLanes;
-  const int first = rank * kCount;
-  const unsigned warp = blockIdx.x * QK_BLOCK_WARPS + threadIdx.x / 32;
-  const unsigned token = warp / warps_per_token;
-  if (token >= p.tokens) return;
-  const int q_passes = (p.q.heads + kHeads - 1) / kHeads;
-  const int passes = q_passes + (p.k.heads + kHeads - 1) / kHeads;
-  int pass = warp - token * warps_per_token;
-
-  // 2. What no earlier kernel on the stream can have written, before waiting for that kernel.
-  QWeight q_weight;
-  KWeight k_weight;
-  qk_frac frac[kCount];
-  q_weight.fill_ones();
-  k_weight.fill_ones();
-  if (p.early_weights) {
-    if (p.q.weight) q_weight.load(p.q.weight, first);
-    if (p.k.weight) k_weight.load(p.k.weight, first);
-  }
-  if (QK_ANGLE == QK_ANGLE_PHASE) {
+template <typename Weight>
+__device__ __forceinline__ void weigh(const Weight& weight, float offset, Factors& f) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (first + i < kRotatedPairs) frac[i] = p.frac[first + i];
-  }
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-  if (!p.early_weights) {
-    if (p.q.weight) q_weight.load(p.q.weight, first);
-    if (p.k.weight) k_weight.load(p.k.weight, first);
-  }
-
-  // 3. Load: the position, and two passes of heads in flight from here on.
-  const Token at = locate(p, token);
-  int position = 0;
-  bool bad = false;
-  if (QK_ANGLE != QK_ANGLE_NONE && p.pos) {
-    if (p.pos_wide) {
-      int2 words = ((const int2*)p.pos)[at.pos];
-      position = words.x;
-      bad = words.y != words.x >> 31;
-    } else {
-      position = ((const int*)p.pos)[at.pos];
-    }
-  }
-  auto load = [&](int pass, Row& row) {
-    bool is_k = pass >= q_passes;
-    int head = (is_k ? pass - q_passes : pass) * kHeads + group;
-    if (group < kHeads && pass < passes && head < (is_k ? p.k.heads : p.q.heads)) {
-      long long offset = is_k ? at.k_x + head * p.k.x_head : at.q_x + head * p.q.x_head;
-      row.load((const char*)(is_k ? p.k.x : p.q.x) + offset * kItem, first);
-    } else {
-      row.clear();
-    }
-  };
-  Row rows[2];
-  load(pass, rows[0]);
-  load(pass + warps_per_token, rows[1]);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-
-  // 4. Angles: once for the token.
-  Angles<kCount> angle;
-  if (QK_ANGLE == QK_ANGLE_TABLE) {
-    long long row = 0, sin_row = 0;
-    if (p.table_rows) {
-      bad |= position < 0 || position >= p.table_rows;
-      row = position * p.cos_row, sin_row = position * p.sin_row;
-    }
-    read_table(p, at.cos + row, at.sin + sin_row, bad, first, angle);
-  } else if (QK_ANGLE != QK_ANGLE_NONE) {
+  for (int i = 0; i < kCount; ++i) f.aa[i] = weight.a(i), f.bb[i] = weight.b(i);
+  if (offset != 0.0f) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (first + i >= kRotatedPairs) continue;
-      if (QK_ANGLE == QK_ANGLE_INV_FREQ) frac[i] = caller_frac(p, first + i);
-      float s, c;
-      sincos_of_phase(qk::phase(position, frac[i].lo, frac[i].hi), s, c);
-      float factor = bad ? __int_as_float(0x7fffffff) : p.attention_factor;
-      angle.cos_a[i] = __fmul_rn(c, factor);
-      angle.sin_a[i] = __fmul_rn(s, factor);
+      f.aa[i] = qk::effective_weight(f.aa[i], offset);
+      f.bb[i] = qk::effective_weight(f.bb[i], offset);
     }
   }
+}
 
-  // 5. Finish: statistic, normalise, rotate, store, one head of the group at a time.
-  float weight_a[kCount], weight_b[kCount];
+__device__ __forceinline__ void turn(int i, float ca, float sa, float cb, float sb,
+                                     Factors& f) {
+  const float a = f.aa[i], b = f.bb[i];
+  f.aa[i] = qk::mul(a, ca), f.ab[i] = qk::mul(b, sa);
+  f.bb[i] = qk::mul(b, cb), f.ba[i] = qk::mul(a, sb);
+}
+
+__device__ __forceinline__ void turn_by_table(const qk_launch& p, const Token& at, int position,
+                                              bool bad, int first, Factors& f) {
+  long long cos_at = at.cos, sin_at = at.sin;
+  if (p.table_rows) {
+    bad |= position < 0 || position >= p.table_rows;
+    cos_at = bad ? 0 : position * p.cos_row, sin_at = bad ? 0 : position * p.sin_row;
+  }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    weight_a[i] = qk::effective_weight(q_weight.a(i), p.q.weight_offset);
-    weight_b[i] = qk::effective_weight(q_weight.b(i), p.q.weight_offset);
-  }
-  bool on_k = false;
-  auto finish = [&](int pass, Row& row) {
-    const bool is_k = pass >= q_passes;
-    if (is_k && !on_k) {
-      on_k = true;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        weight_a[i] = qk::effective_weight(k_weight.a(i), p.k.weight_offset);
-        weight_b[i] = qk::effective_weight(k_weight.b(i), p.k.weight_offset);
-      }
+    const int j = first + i;
+    if (j >= kRotatedPairs) continue;
+    const int a = p.table_full ? channel_a(j) : j, b = p.table_full ? channel_b(j) : j;
+    float ca = table_value(p.cos, p.table_dtype, cos_at + a * p.cos_step);
+    float sa = table_value(p.sin, p.table_dtype, sin_at + a * p.sin_step);
+    float cb = ca, sb = sa;
+    if (p.table_full) {
+      cb = table_value(p.cos, p.table_dtype, cos_at + b * p.cos_step);
+      sb = table_value(p.sin, p.table_dtype, sin_at + b * p.sin_step);
     }
-    float rstd = 1.0f;
-    const bool normed = is_k ? QK_K_NORM == QK_NORM_RMS : QK_Q_NORM == QK_NORM_RMS;
-    if (QK_Q_NORM == QK_NORM_RMS || QK_K_NORM == QK_NORM_RMS) {
-      float unit[kUnits];
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        unit[u] = 0.0f;
-#pragma unroll
-        for (int i = 4 * u; i < 4 * u + 4; ++i) {
-          unit[u] = qk::fma(row.a(i), row.a(i), unit[u]);
-          unit[u] = qk::fma(row.b(i), row.b(i), unit[u]);
-        }
-      }
-#pragma unroll
-      for (int step = 1; step < kUnits; step *= 2)
-#pragma unroll
-        for (int u = 0; u + step < kUnits; u += 2 * step) unit[u] = qk::add(unit[u], unit[u + step]);
-      float sum = group_sum<kLanes>(unit[0], group * kLanes, rank);
-      rstd = rsqrtf(qk::fma(sum, 1.0f / kHeadDim, is_k ? p.k.eps : p.q.eps));
-    }
-    const int head = (is_k ? pass - q_passes : pass) * kHeads + group;
-    const bool owned = group < kHeads && head < (is_k ? p.k.heads : p.q.heads);
-    float held_a = 0.0f, held_b = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      float a = row.a(i), b = row.b(i);
-      if (normed) {
-        a = qk::mul(qk::mul(a, rstd), weight_a[i]);
-        b = qk::mul(qk::mul(b, rstd), weight_b[i]);
-      }
-      if (kRotary && rotated(first + i)) {
-        float ya, yb;
-        const bool table = QK_ANGLE == QK_ANGLE_TABLE;
-        qk::rotate(a, b, angle.cos_a[i], angle.sin_a[i], table ? angle.cos_b[i] : angle.cos_a[i],
-                   table ? angle.sin_b[i] : angle.sin_a[i], ya, yb);
-        a = ya, b = yb;
-      }
-      row.set(i, a, b, held_a, held_b);
-    }
-    if (owned) {
-      long long offset = is_k ? at.k_y + head * p.k.y_head : at.q_y + head * p.q.y_head;
-      row.store((char*)(is_k ? p.k.y : p.q.y) + offset * kItem, first);
-    }
-  };
-#pragma unroll 1
-  for (; pass < passes; pass += warps_per_token) {
-    Row row = rows[0];
-    rows[0] = rows[1];
-    load(pass + 2 * warps_per_token, rows[1]);
-    finish(pass, row);
+    if (bad) ca = sa = cb = sb = QK_NAN;
+    turn(i, ca, sa, cb, sb, f);
   }
 }
 
-// Loads of four pairs' channels are aligned where both halves of the rotated part and of the rest
+__device__ __forceinline__ void turn_by_phase(const qk_launch& p, int position, bool bad, int first,
+                                              const qk_frac (&frac)[kCount], Factors& f) {
+  const float factor = bad ? QK_NAN : p.attention_factor;
+  if (kWholeLanes && first >= kRotatedPairs) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (!kWholeLanes && first + i >= kRotatedPairs) continue;
+    float s, c;
+    sincos_of_phase(qk::phase(position, frac[i].lo, frac[i].hi), s, c);
+    if (factor != 1.0f) s = qk::mul(s, factor), c = qk::mul(c, factor);
+    turn(i, c, s, c, s, f);
+  }
+}
+
+template <int kRows, typename Row>
+__device__ __forceinline__ void finish(const qk_launch_side& side, bool is_k, Row* rows,
+                                       const Factors& f, int first, int base, int rank, int count,
+                                       char* y) {
+  float rstd[kRows];
+  if (QK_Q_NORM == QK_NORM_RMS || QK_K_NORM == QK_NORM_RMS) {
+    const bool normed = is_k ? QK_K_NORM == QK_NORM_RMS : QK_Q_NORM == QK_NORM_RMS;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) rstd[i] = rows[i].sum_of_squares();
+    group_sums(rstd, base, rank);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      rstd[i] = normed ? rsqrtf(qk::fma(rstd[i], 1.0f / kHeadDim, side.eps)) : 1.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    float held_a = 0.0f, held_b = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      float a = rows[i].a(j), b = rows[i].b(j);
+      if (QK_Q_NORM == QK_NORM_RMS || QK_K_NORM == QK_NORM_RMS)
+        a = qk::mul(a, rstd[i]), b = qk::mul(b, rstd[i]);
+      // A channel that is not rotated must not see its company, which may be NaN.
+      const bool turns = rotated(first + j);
+      const float cross_b = turns ? b : 0.0f, cross_a = turns ? a : 0.0f;
+      float ya, yb, unused;
+      qk::rotate(a, cross_b, f.aa[j], f.ab[j], 0.0f, 0.0f, ya, unused);
+      qk::rotate(cross_a, b, 0.0f, 0.0f, f.bb[j], f.ba[j], unused, yb);
+      rows[i].set(j, ya, yb, held_a, held_b);
+    }
+    if (i < count) rows[i].store(y + i * side.y_head, first);
+  }
+}
+
+template <int kType, int kBytes>
+__device__ __forceinline__ void read_weight(const void* weight, int first,
+                                            Share<kType, kBytes>& share) {
+  share.fill_ones();
+  if (weight) share.load((const char*)weight + share.place(first), first);
+}
+
+template <int kBytes>
+__device__ __forceinline__ void run(const qk_launch& p) {
+  // 1. Place: which token, which heads of q or of k, which pairs of a head.
+  const int lane = threadIdx.x, group = lane / kLanes, rank = lane % kLanes;
+  const int first = rank * kCount;
+  const int is_k = (int)blockIdx.x >= p.q_slots;
+  const qk_launch_side& side = p.side[is_k];
+  const unsigned step = p.groups_on_tokens ? kGroups : 1;
+  unsigned token = ((blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y) * step;
+  int slot = blockIdx.x - (is_k ? p.q_slots : 0);
+  if (token >= p.tokens) return;  // the whole warp
+  if (p.groups_on_tokens)
+    token += group;
+  else
+    slot = slot * kGroups + group;
+  const int base = slot * side.passes;
+  int count = group < kGroups && token < p.tokens ? min(side.heads - base, side.passes) : 0;
+  const Token at = locate(p, is_k, count > 0 ? token : 0);
+  using Row = Share<QK_DTYPE, kBytes>;
+  const char* x = side.x + at.x + base * side.x_head + Row::place(first);
+  char* y = side.y + at.y + base * side.y_head + Row::place(first);
+
+  // 2. What no earlier kernel on the stream can have written, before waiting for that kernel.
+  qk_frac frac[kCount];
+  if (QK_ANGLE == QK_ANGLE_PHASE) read_frac(p.frac, first, frac);
+  Share<QK_Q_WEIGHT, kBytes> q_weight;  // of k too, where it has the same type
+  Share<QK_K_WEIGHT, kBytes> k_weight;
+  constexpr bool kOneType = QK_Q_WEIGHT == QK_K_WEIGHT;
+  auto read_weights = [&] {
+    if (kOneType || !is_k)
+      read_weight(side.weight, first, q_weight);
+    else
+      read_weight(side.weight, first, k_weight);
+  };
+  if (p.early_weights) read_weights();
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+
+  // 3. Load: every head of the walk in flight at once, and the position.
+  Row rows[kPasses];
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    rows[i].clear();
+    if (i < count) rows[i].load(x + i * side.x_head, first);
+  }
+  int position = 0;
+  bool bad = false;
+  if (QK_ANGLE != QK_ANGLE_NONE && (QK_ANGLE != QK_ANGLE_TABLE || p.pos)) {
+    position = *(const int*)(p.pos + at.pos);
+    if (p.pos_wide) bad = ((const int*)(p.pos + at.pos))[1] != position >> 31;
+  }
+
+  // 4. Angles: once for the token, folded with the weights for every head of the walk.
+  Factors factors;
+  if (!p.early_weights) read_weights();
+  if (kOneType || !is_k)
+    weigh(q_weight, side.weight_offset, factors);
+  else
+    weigh(k_weight, side.weight_offset, factors);
+  if (QK_ANGLE == QK_ANGLE_INV_FREQ) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (first + i < kRotatedPairs) frac[i] = caller_frac(p, first + i);
+  }
+  if (QK_ANGLE == QK_ANGLE_TABLE)
+    turn_by_table(p, at, position, bad, first, factors);
+  else if (QK_ANGLE != QK_ANGLE_NONE)
+    turn_by_phase(p, position, bad, first, frac, factors);
+
+  // 5. Finish: statistics of all heads, then normalise, rotate and store one after the other. No
+  // store begins before every load is back: heads may share a cache line.
+  if (side.passes == 1)
+    finish<1>(side, is_k, rows, factors, first, group * kLanes, rank, count, y);
+  else
+    finish<kPasses>(side, is_k, rows, factors, first, group * kLanes, rank, count, y);
+}
+
+// A lane's runs are aligned and consecutive where both halves of the rotated part and of the rest
 // are whole numbers of them.
-[[maybe_unused]] constexpr bool kFours = kHalf ? kRotatedPairs % 4 == 0 && kPairs % 4 == 0 : kHeadDim % 8 == 0;
-[[maybe_unused]] constexpr bool kEights = kHalf && kItem == 2 && kRotatedPairs % 8 == 0 && kPairs % 8 == 0;
-[[maybe_unused]] constexpr int kUnitsWide = QK_LANE_UNITS(kHeadDim, 1);
-constexpr int kUnitsLeast = QK_LANE_UNITS(kHeadDim, 0);
+[[maybe_unused]] constexpr bool kRuns =
+    QK_UNITS(kHeadDim) % kUnits == 0 &&
+    (kHalf ? kRotatedPairs % kCount == 0 && kPairs % kCount == 0 : kHeadDim % 8 == 0);
 
 }  // namespace
 
-#define QK_KERNEL(name, units, bytes)                                                           \
-  extern "C" __global__ void __launch_bounds__(32 * QK_BLOCK_WARPS)                             \
-      name(const __grid_constant__ qk_params p, const int warps_per_token) {                    \
-    run<units, bytes>(p, warps_per_token);                                                      \
+#define QK_KERNEL(name, bytes)                                              \
+  extern "C" __global__ void __launch_bounds__(32 * QK_BLOCK_WARPS)         \
+      name(const __grid_constant__ qk_launch p) {                           \
+    run<bytes>(p);                                                          \
   }
 
-#if QK_HAS_WIDE
-static_assert(kEights && QK_UNITS(kHeadDim) % kUnitsWide == 0, "wide loads");
-QK_KERNEL(qkrope_wide, kUnitsWide, 16)
+#if QK_VECTOR_BYTES
+static_assert(kRuns, "vector loads");
+QK_KERNEL(qkrope_vector, QK_VECTOR_BYTES)
 #endif
-#if QK_HAS_NARROW
-static_assert(kFours && QK_UNITS(kHeadDim) % kUnitsLeast == 0, "narrow loads");
-QK_KERNEL(qkrope_narrow, kUnitsLeast, kHalf && kItem == 2 ? 8 : 16)
-#endif
-QK_KERNEL(qkrope_scalar, kUnitsLeast, 0)
+QK_KERNEL(qkrope_scalar, 0)

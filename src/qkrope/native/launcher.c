@@ -122,15 +122,15 @@ static const qk_slot* find_slot(const qk_plan* plan, const qk_checked* c, long l
 }
 
 static int load_kernels(qk_kernels* kernels, int device, const void* cubin) {
-  static const char* names[3] = {"qkrope_wide", "qkrope_narrow", "qkrope_scalar"};
+  static const char* names[2] = {"qkrope_vector", "qkrope_scalar"};
   void *library, *kernel;
   TRY(DeviceGetAttribute(&kernels->num_sms, MULTIPROCESSOR_COUNT, device));
   TRY(LibraryLoadData(&library, cubin, 0, 0, 0, 0, 0, 0));
-  for (int i = 0; i < 3; ++i) {
-    if (cu.LibraryGetKernel(&kernel, library, names[i])) continue;  // a layout it does not have
+  for (int i = 0; i < 2; ++i) {
+    if (cu.LibraryGetKernel(&kernel, library, names[i])) continue;  // a variant without vector loads
     TRY(KernelGetFunction(&kernels->function[i], kernel));
   }
-  if (!kernels->function[2]) return qk_raise("RuntimeError", "cuda_load: a cubin that is not ours");
+  if (!kernels->function[1]) return qk_raise("RuntimeError", "cuda_load: a cubin that is not ours");
   return 0;
 }
 
@@ -174,59 +174,135 @@ int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* ker
 
 // ---- the grid -------------------------------------------------------------------------------------
 
-// How many warps share a token's passes. One token spreads over all it can use; a large batch fills
-// the machine with few passes a warp left, so that cos and sin are computed once for many heads.
-int qk_warps_per_token(int passes, long long tokens, int num_sms) {
-  const long long resident = 32LL * num_sms;  // warps that keep the memory system busy
-  int warps = passes;
-  while (warps > 1 && (passes + warps - 2) / (warps - 1) <= 10 && tokens * (warps - 1) >= 4 * resident)
-    --warps;
-  return warps;
+// Heads that a group of lanes serves, one after the other, of one side of one token. A small batch
+// spreads over as many groups as there are heads; a large one gives each group as many as it can
+// have in flight, so that an angle is computed once for all of them, while the machine stays full.
+int qk_passes(int heads, int groups, int most, long long tokens, int num_sms) {
+  const long long enough = 24LL * num_sms * groups;  // groups that keep the memory busy
+  int each = 1;
+  while (each < most && each < heads && tokens * ((heads + each) / (each + 1)) >= enough) ++each;
+  int slots = (heads + each - 1) / each;
+  return (heads + slots - 1) / slots;  // as even as it goes
 }
 
-static long long mix(long long bits, const qk_side* s, int item, int ndim) {
+static long long mix(long long bits, const qk_launch_side* s, const qk_launch* p, int side) {
   if (!s->heads) return bits;
   bits |= (long long)(uintptr_t)s->x | (long long)(uintptr_t)s->y;
-  bits |= s->x_head * item | s->y_head * item;
-  for (int d = 0; d < ndim; ++d) bits |= s->x_dim[d] * item | s->y_dim[d] * item;
+  bits |= (long long)(uintptr_t)s->weight | s->x_head | s->y_head;
+  for (int d = 0; d < p->ndim; ++d) bits |= p->x_dim[side][d] | p->y_dim[side][d];
   return bits;
 }
 
-// 0 wide, 1 narrow, 2 scalar: the widest loads that the pointers and strides of this call allow.
-static int layout(const qk_slot* slot, const qk_checked* c, const qk_params* p) {
+// Pointers and strides of this call allow the variant's vector loads.
+static int is_aligned(const qk_checked* c, const qk_launch* p) {
   const qk_variant* v = &c->variant;
-  int item = v->dtype == QK_F32 ? 4 : 2;
-  int wide = 16, narrow = v->pairing == QK_INTERLEAVED || item == 4 ? 16 : 8;
-  long long bits = mix(mix(0, &p->q, item, p->ndim), &p->k, item, p->ndim);
-  long long weights = (long long)(uintptr_t)p->q.weight | (long long)(uintptr_t)p->k.weight;
-  bits |= weights;
-  if (slot->kernels->function[0] && !(bits & (wide - 1))) return 0;
-  if (slot->kernels->function[1] && !(bits & (narrow - 1))) return 1;
-  return 2;
+  int eights = v->pairing == QK_HALF && v->dtype != QK_F32 && QK_LANE_UNITS(v->head_dim) == 1;
+  long long bits = mix(mix(0, &p->side[0], p, 0), &p->side[1], p, 1);
+  return !(bits & (eights ? 7 : 15));
 }
 
-static int launch(const qk_slot* slot, const qk_checked* c, qk_params* p, void* stream) {
-  int which = layout(slot, c, p);
-  int per_warp = QK_HEADS_PER_WARP(c->variant.head_dim, which == 0);
-  int passes = (p->q.heads + per_warp - 1) / per_warp + (p->k.heads + per_warp - 1) / per_warp;
-  int warps = qk_warps_per_token(passes, p->tokens, slot->kernels->num_sms);
-  long long blocks = (p->tokens * warps + QK_BLOCK_WARPS - 1) / QK_BLOCK_WARPS;
-  if (p->tokens > INT32_MAX || blocks > INT32_MAX)
-    return qk_raise("ValueError", "q, k: %lld tokens are more than one launch can take", p->tokens);
+static void launch_side(const qk_params* p, const qk_side* from, int item, int side,
+                        qk_launch* out) {
+  qk_launch_side* to = &out->side[side];
+  to->heads = from->heads;
+  if (!from->heads) return;
+  to->x = (const char*)from->x;
+  to->y = (char*)from->y;
+  to->weight = from->weight;
+  to->x_head = from->x_head * item;
+  to->y_head = from->y_head * item;
+  to->eps = from->eps;
+  to->weight_offset = from->weight_offset;
+  for (int d = 0; d < p->ndim; ++d) {
+    out->x_dim[side][d] = from->x_dim[d] * item;
+    out->y_dim[side][d] = from->y_dim[d] * item;
+  }
+  to->x_token = out->x_dim[side][0];
+  to->y_token = out->y_dim[side][0];
+}
+
+static void fill_launch(const qk_params* p, int item, const qk_frac* frac, qk_launch* out) {
+  memset(out, 0, sizeof *out);
+  launch_side(p, &p->q, item, 0, out);
+  launch_side(p, &p->k, item, 1, out);
+  out->pos = (const char*)p->pos;
+  out->frac = frac;
+  out->tokens = (unsigned)p->tokens;
+  out->attention_factor = p->attention_factor;
+  out->pos_wide = p->pos_wide;
+  out->early_weights = p->early_weights;
+  out->ndim = p->ndim;
+  for (int d = 0; d < p->ndim; ++d) {
+    out->size[d] = (unsigned)p->size[d];
+    out->pos_dim[d] = p->pos_dim[d] * (p->pos_wide ? 8 : 4);
+    out->cos_dim[d] = p->cos_dim[d];
+    out->sin_dim[d] = p->sin_dim[d];
+  }
+  out->pos_token = out->pos_dim[0];
+  out->inv_freq = p->inv_freq;
+  out->inv_freq_step = p->inv_freq_step;
+  out->inv_freq_dtype = p->inv_freq_dtype;
+  out->table_dtype = p->table_dtype;
+  out->table_full = p->table_full;
+  out->table_rows = p->table_rows;
+  out->cos = (const char*)p->cos;
+  out->sin = (const char*)p->sin;
+  out->cos_step = p->cos_step, out->sin_step = p->sin_step;
+  out->cos_row = p->cos_row, out->sin_row = p->sin_row;
+}
+
+// For the bench that justifies the rule above: passes (0: by the rule), warps a block (0), and
+// groups on tokens (-1).
+static int forced_passes, forced_warps, forced_on_tokens = -1;
+
+void qk_force_grid(int passes, int warps, int on_tokens) {
+  forced_passes = passes, forced_warps = warps, forced_on_tokens = on_tokens;
+}
+
+static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* params, void* stream) {
+  int head_dim = c->variant.head_dim, groups = QK_GROUPS(head_dim), slots = 0;
+  int num_sms = slot->kernels->num_sms;
+  qk_launch p;
+  if (params->tokens > INT32_MAX)
+    return qk_raise("ValueError", "q, k: got %lld tokens, expected at most 2^31 - 1",
+                    params->tokens);
+  fill_launch(params, c->variant.dtype == QK_F32 ? 4 : 2, slot->frac, &p);
+  void* function = slot->kernels->function[0];
+  if (!function || !is_aligned(c, &p)) function = slot->kernels->function[1];
+  p.groups_on_tokens = forced_on_tokens >= 0 ? forced_on_tokens : params->tokens >= groups;
+  int heads_a_slot = p.groups_on_tokens ? 1 : groups;
+  for (int i = 0; i < 2; ++i) {
+    int heads = p.side[i].heads;
+    if (!heads) continue;
+    int each = qk_passes(heads, groups, QK_PASSES(head_dim), params->tokens, num_sms);
+    if (forced_passes) each = forced_passes < heads ? forced_passes : heads;
+    p.side[i].passes = each;
+    slots += (heads + each * heads_a_slot - 1) / (each * heads_a_slot);
+    if (!i) p.q_slots = slots;
+  }
+  unsigned tokens_a_warp = p.groups_on_tokens ? groups : 1;
+  unsigned warps = (p.tokens + tokens_a_warp - 1) / tokens_a_warp;
+  unsigned block = forced_warps                            ? (unsigned)forced_warps
+                   : (long long)warps * slots >= 8LL * num_sms ? QK_BLOCK_WARPS
+                                                               : 1;
+  unsigned blocks = (warps + block - 1) / block;
   launch_attribute attribute;
   memset(&attribute, 0, sizeof attribute);
   attribute.id = PROGRAMMATIC_STREAM_SERIALIZATION;
   attribute.value.flag = 1;
   launch_config config;
   memset(&config, 0, sizeof config);
-  config.grid[0] = (unsigned)blocks;
-  config.grid[1] = config.grid[2] = config.block[1] = config.block[2] = 1;
-  config.block[0] = 32 * QK_BLOCK_WARPS;
+  config.grid[0] = slots;
+  config.grid[2] = (blocks + 65534) / 65535;
+  config.grid[1] = (blocks + config.grid[2] - 1) / config.grid[2];
+  config.block[0] = 32;
+  config.block[1] = block;
+  config.block[2] = 1;
   config.stream = stream;
   config.attributes = &attribute;
   config.num_attributes = 1;
-  void* arguments[] = {p, &warps};
-  TRY(LaunchKernelEx(&config, slot->kernels->function[which], arguments, 0));
+  void* arguments[] = {&p};
+  TRY(LaunchKernelEx(&config, function, arguments, 0));
   return 0;
 }
 
@@ -240,10 +316,7 @@ int qk_cuda_run(const qk_plan* plan, const qk_checked* c, void* stream, long lon
   int pushed, status = 0;
   if (enter(c->device_id, &pushed)) return -1;
   for (int i = 0; i < c->num_parts && !status; ++i) {
-    qk_params p = c->part[i];
-    if (!p.tokens) continue;
-    p.frac = slot->frac;
-    status = launch(slot, c, &p, stream);
+    if (c->part[i].tokens) status = launch(slot, c, &c->part[i], stream);
   }
   leave(pushed);
   return status;

@@ -66,16 +66,53 @@ typedef struct {
   int early_weights;  // CUDA: nothing on this stream can have written the weights
 } qk_params;
 
+// ---- CUDA: the same call laid out for a launch, what every warp reads first and together ----------
+
+// Strides are in bytes. Blocks below q_slots in x serve q, the rest k. A group of lanes serves
+// `passes` heads of one token, one after the other.
+typedef struct {
+  const char* x;
+  char* y;
+  const void* weight;
+  long long x_token, y_token, x_head, y_head;
+  int heads, passes;
+  float eps, weight_offset;
+} qk_launch_side;
+
+typedef struct {
+  qk_launch_side side[2];
+  const char* pos;
+  long long pos_token;
+  const qk_frac* frac;
+  unsigned tokens;
+  int q_slots;
+  // Groups of a warp side by side on tokens, or (few tokens) on the heads of one token.
+  int groups_on_tokens;
+  float attention_factor;
+  int pos_wide, early_weights;
+  int ndim;  // 1: the token strides above are all there is
+  // ndim > 1: strides of the leading dimensions, outermost first.
+  unsigned size[QK_MAX_DIMS];
+  long long x_dim[2][QK_MAX_DIMS], y_dim[2][QK_MAX_DIMS], pos_dim[QK_MAX_DIMS];
+  // QK_ANGLE_INV_FREQ and QK_ANGLE_TABLE, as in qk_params.
+  const void* inv_freq;
+  long long inv_freq_step;
+  int inv_freq_dtype, table_dtype, table_full;
+  long long table_rows;
+  const char *cos, *sin;
+  long long cos_step, sin_step, cos_row, sin_row;
+  long long cos_dim[QK_MAX_DIMS], sin_dim[QK_MAX_DIMS];
+} qk_launch;
+
 // How a warp covers heads on CUDA; the launcher and the kernel must agree. A unit is four pairs; a
-// lane holds 1, 2 or 4 of them, and at least 2 where it makes 16-byte loads from each half.
+// lane holds 1, 2 or 4 of them.
 #define QK_UNITS(head_dim) (((head_dim) + 7) / 8)
-#define QK_LANE_UNITS_LEAST(head_dim) \
-  (QK_UNITS(head_dim) <= 32 ? 1 : QK_UNITS(head_dim) <= 64 ? 2 : 4)
-#define QK_LANE_UNITS(head_dim, wide) \
-  ((wide) && QK_LANE_UNITS_LEAST(head_dim) < 2 ? 2 : QK_LANE_UNITS_LEAST(head_dim))
-#define QK_LANES(head_dim, wide)                                    \
-  ((QK_UNITS(head_dim) + QK_LANE_UNITS(head_dim, wide) - 1) / QK_LANE_UNITS(head_dim, wide))
-#define QK_HEADS_PER_WARP(head_dim, wide) (32 / QK_LANES(head_dim, wide))
-#define QK_BLOCK_WARPS 4
+#define QK_LANE_UNITS(head_dim) (QK_UNITS(head_dim) <= 32 ? 1 : QK_UNITS(head_dim) <= 64 ? 2 : 4)
+#define QK_LANES(head_dim) \
+  ((QK_UNITS(head_dim) + QK_LANE_UNITS(head_dim) - 1) / QK_LANE_UNITS(head_dim))
+#define QK_GROUPS(head_dim) (32 / QK_LANES(head_dim))
+// Heads a group has in flight at once, and so the most it serves.
+#define QK_PASSES(head_dim) (QK_LANE_UNITS(head_dim) <= 1 ? 4 : 2)
+#define QK_BLOCK_WARPS 4  // at most
 
 #endif

@@ -12,7 +12,7 @@ extern "C" {
 
 // One loaded cubin.
 typedef struct {
-  void* function[3];  // wide, narrow, scalar: CUfunction, null where the variant has none
+  void* function[2];  // vector (null where the variant has none), scalar: CUfunction
   int num_sms;
 } qk_kernels;
 
@@ -62,7 +62,8 @@ int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long 
 long long qk_slot_key(const qk_checked* call);
 qk_kernels* qk_cuda_load(int device, const void* cubin);
 int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
-int qk_warps_per_token(int passes, long long tokens, int num_sms);
+void qk_force_grid(int passes, int warps, int on_tokens);
+int qk_passes(int heads, int groups, int most, long long tokens, int num_sms);
 
 // view.c
 int qk_raise(const char* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));

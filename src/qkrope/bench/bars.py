@@ -1,0 +1,169 @@
+"""The bars of the CUDA kernel: time over that of a plain sweep of the same bytes, case by case.
+
+``python -m qkrope.bench.bars`` prints the table and exits 1 if a bar is missed; ``--grid`` tries
+every layout and warp count instead, which is what the constants of the grid rule come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from .. import _native
+from ..spec import Norm, Rope, Spec
+from . import timing
+from .data import Inputs, another_buffer, make_inputs, stationary
+from .machine import environment
+from .runner import COLD_BYTES, call
+from .shapes import Shape
+from .sweep import device_sweep
+
+TOLERANCE = 0.01  # a bar is met when the median ratio is within this of it
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One case and the ratio to the sweep that it must not exceed (None: only reported)."""
+
+    name: str
+    heads: tuple[int, int, int]
+    head_dim: int
+    tokens: int
+    cache: str
+    ratio: float | None
+    rotary: int | None = None
+    pairing: str = "half"
+    dtype: str = "bfloat16"
+
+    @property
+    def shape(self) -> Shape:
+        """The case as a bench shape."""
+        q, k, v = self.heads
+        rope = Rope(dim=self.rotary, theta=1e6, pairing=self.pairing)
+        return Shape(self.name, Spec(q, k, self.head_dim, norm=Norm(), rope=rope), v)
+
+
+_QWEN = (32, 8, 8)
+BARS: tuple[Bar, ...] = (
+    Bar("1 token", _QWEN, 128, 1, "hot", 1.17),
+    Bar("64 hot", _QWEN, 128, 64, "hot", 1.18),
+    Bar("256 hot", _QWEN, 128, 256, "hot", 1.16),
+    Bar("1024 cold", _QWEN, 128, 1024, "cold", 1.05),
+    Bar("1024 hot", _QWEN, 128, 1024, "hot", 1.12),
+    Bar("4096 cold", _QWEN, 128, 4096, "cold", 1.03),
+    Bar("4096 cold interleaved", _QWEN, 128, 4096, "cold", 1.03, pairing="interleaved"),
+    Bar("16384 cold", _QWEN, 128, 16384, "cold", 1.015),
+    Bar("FLUX 4608 cold", (24, 24, 24), 128, 4608, "cold", 1.04, pairing="interleaved"),
+    Bar("16/4/4 x 256", (16, 4, 4), 256, 4096, "cold", 1.03),
+    Bar("16/2/2 x 256 rot 64", (16, 2, 2), 256, 4096, "cold", 1.05, rotary=64),
+    Bar("96/8/8 x 128 rot 64", (96, 8, 8), 128, 4096, "cold", 1.04, rotary=64),
+    Bar("32/8/8 x 64", _QWEN, 64, 4096, "cold", 1.03),
+    Bar("8/1/1 64 hot", (8, 1, 1), 128, 64, "hot", 1.15),
+    Bar("8/1/1 16384 cold", (8, 1, 1), 128, 16384, "cold", 1.08),
+    Bar("64/4/4 8192 cold", (64, 4, 4), 128, 8192, "cold", 1.02),
+    Bar("head_dim 72", _QWEN, 72, 4096, "cold", 1.12),
+    Bar("head_dim 80", _QWEN, 80, 4096, "cold", 1.12),
+    Bar("head_dim 192", _QWEN, 192, 4096, "cold", 1.12),
+    Bar("head_dim 96", _QWEN, 96, 4096, "cold", 1.07),
+    Bar("head_dim 112", _QWEN, 112, 4096, "cold", 1.07),
+    Bar("head_dim 512", (8, 2, 2), 512, 4096, "cold", 1.07),
+    Bar("rotary 96 of 128", _QWEN, 128, 4096, "cold", 1.07, rotary=96),
+    Bar("float16 4096", _QWEN, 128, 4096, "cold", 1.05, dtype="float16"),
+    Bar("float32 4096", _QWEN, 128, 4096, "cold", 1.05, dtype="float32"),
+)
+
+
+def buffers_of(bar: Bar) -> list[Inputs]:
+    """The rotation of a case: two buffers hot, at least 300 MB of them cold."""
+    first = stationary(
+        make_inputs(bar.shape, bar.tokens, getattr(torch, bar.dtype), torch.device("cuda"))
+    )
+    once = bar.shape.bytes_moved(bar.tokens, first.qkv.element_size()) / 2
+    count = 2 if bar.cache == "hot" else max(2, math.ceil(COLD_BYTES / once))
+    return [first] + [another_buffer(first) for _ in range(count - 1)]
+
+
+def graph(bar: Bar, calls: Sequence[timing.Measure]) -> timing.Measure:
+    """One graph of the rotation."""
+    moved = bar.shape.bytes_moved(bar.tokens, 2)
+    return timing.graph_measure(calls, timing.launches_for(len(calls), moved / 3e6))
+
+
+def measure(bar: Bar, rounds: int = 9) -> dict[str, float]:
+    """Median microseconds of kernel and sweep, and the median of their ratio round by round."""
+    buffers = buffers_of(bar)
+    measures = {
+        "kernel": graph(bar, [call(b) for b in buffers]),
+        "sweep": graph(bar, [device_sweep(b, pdl=True) for b in buffers]),
+    }
+    samples = timing.interleaved(measures, rounds=rounds, budget_s=5.0)
+    kernel, sweep = samples["kernel"], samples["sweep"]
+    return {"us": kernel.median, "sweep_us": sweep.median, "ratio": kernel.ratio(sweep)}
+
+
+def try_grids(bar: Bar, rounds: int = 5) -> list[tuple[float, int, int, int]]:
+    """(ratio, passes, warps a block, groups on tokens) of every alternative, best first; 0, 0, -1
+    is the rule.
+    """
+    buffers = buffers_of(bar)
+    measures = {"sweep": graph(bar, [device_sweep(b, pdl=True) for b in buffers])}
+    tried: dict[str, tuple[int, int, int]] = {}
+    force = _native.lib().force_grid
+    some = [(p, w, t) for p in (1, 2, 3, 4) for w in (1, 2, 4) for t in (0, 1)]
+    for choice in [(0, 0, -1), *some]:
+        force(*choice)
+        key = "/".join(map(str, choice))
+        tried[key] = choice
+        measures[key] = graph(bar, [call(b) for b in buffers])
+    force(0, 0, -1)
+    samples = timing.interleaved(measures, rounds=rounds, budget_s=5.0)
+    return sorted((samples[key].ratio(samples["sweep"]), *tried[key]) for key in tried)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 0 if every bar is met."""
+    parser = argparse.ArgumentParser(prog="python -m qkrope.bench.bars", description=__doc__)
+    parser.add_argument("--only", help="cases whose name holds this text")
+    parser.add_argument("--runs", type=int, default=3, help="the median of this many runs decides")
+    parser.add_argument("--grid", action="store_true", help="try every layout and warp count")
+    parser.add_argument("--out", type=Path, help="append one JSON line a case")
+    options = parser.parse_args(argv)
+    bars = [bar for bar in BARS if not options.only or options.only in bar.name]
+    facts = environment(torch.device("cuda"))
+    missed = 0
+    for bar in bars:
+        if options.grid:
+            found = try_grids(bar)
+            line = "  ".join(f"{f[1]}/{f[2]}/{f[3]} {f[0]:.3f}" for f in found[:6])
+            rule = next(f for f in found if f[1] == 0)
+            print(f"{bar.name:24s} rule {rule[0]:.3f}  best: {line}", flush=True)
+            record = {"grid": [list(f) for f in found]}
+        else:
+            runs = [measure(bar) for _ in range(options.runs)]
+            record = {key: median(run[key] for run in runs) for key in runs[0]}
+            met = bar.ratio is None or record["ratio"] <= bar.ratio + TOLERANCE
+            missed += not met
+            verdict = (
+                "" if bar.ratio is None else f"bar {bar.ratio:5.3f} {'met' if met else 'MISSED'}"
+            )
+            print(
+                f"{bar.name:24s} {record['us']:8.2f} us  sweep {record['sweep_us']:8.2f} us  "
+                f"ratio {record['ratio']:.3f}  {verdict}",
+                flush=True,
+            )
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(json.dumps({**facts, "bar": bar.name, **record}) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
