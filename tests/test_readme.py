@@ -1,6 +1,7 @@
 """The README and CONTRIBUTING say what is true: their code runs, and what they name exists."""
 
 import re
+import runpy
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def test_snippets_run_on_the_cpu() -> None:
     q, k, q2, k2 = (names[name] for name in ("q", "k", "q2", "k2"))
     assert q2.shape == q.shape and k2.shape == k.shape  # type: ignore[attr-defined]
     assert not q2.equal(q)  # type: ignore[attr-defined]
+
+
+def test_the_quickstart_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
+    assert "of the bound" in capsys.readouterr().out
 
 
 def test_the_example_has_six_lines() -> None:

@@ -35,3 +35,30 @@ def entry(release_gil: bool) -> Any:
     function = lib().get_function("qk_norm_rope")
     function.release_gil = release_gil
     return function
+
+
+_OPERANDS = (
+    *("qkv", "q", "k", "q_weight", "k_weight", "positions", "positions[1]"),
+    *("cos", "sin", "cos_sin_cache", "inv_freq", "out[0]", "out[1]"),
+)
+
+
+def refuse_foreign(operands: tuple[Any, ...], error: RuntimeError) -> None:
+    """Names the tensor, if there is one, that torch could not describe to native code."""
+    import torch
+
+    for name, x in zip(_OPERANDS, operands[1:], strict=False):
+        if not isinstance(x, torch.Tensor):
+            continue
+        if x.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name}: expected a cpu or cuda tensor, got {x.device}") from error
+        got = f"layout {x.layout}" if x.layout is not torch.strided else ""
+        got = got or ("a nested one" if x.is_nested else str(x.dtype) if x.is_quantized else "")
+        try:
+            x.data_ptr()
+        except RuntimeError:
+            got = got or f"a {type(x).__name__} without (under torch.func?)"
+        if got:
+            raise TypeError(
+                f"{name}: expected a dense tensor with memory of its own, got {got}"
+            ) from error

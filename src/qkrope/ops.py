@@ -27,6 +27,8 @@ Tensor = torch.Tensor
 Positions = Tensor | tuple[Tensor | None, Tensor] | None
 _UNWRITTEN_WEIGHTS = 1  # nothing on the stream can have written them: no training step runs
 _lock = threading.Lock()
+_cuda: Any = None  # the CUDA backend's entry, once a call needs it
+_grad_enabled = torch.is_grad_enabled
 _by_value: dict[tuple[Spec, angles.Angles], Plan] = {}
 
 
@@ -64,9 +66,8 @@ class Plan:
 
 
 def _plan(spec: Spec, seq_len: int | None) -> Plan:
-    """The plan of a Spec, kept on the instance for the next call and by value for equal Specs."""
-    if not isinstance(spec, Spec):
-        raise TypeError(f"spec: expected a qkrope.Spec, got {type(spec).__name__}")
+    """The plan of a Spec: by value for equal Specs, and on the instance for its next plain call."""
+    _refuse_no_spec(spec)
     if seq_len is not None and (not isinstance(seq_len, int) or seq_len < 1):
         raise ValueError(f"seq_len: expected a Python int of at least 1, got {seq_len!r}")
     resolved = angles.resolve(spec, seq_len)
@@ -74,17 +75,19 @@ def _plan(spec: Spec, seq_len: int | None) -> Plan:
         plan = _by_value.get((spec, resolved))
         if plan is None:
             plan = _by_value[spec, resolved] = Plan(spec, resolved)
-        plans = spec.__dict__.setdefault("_plans", {})
-        scaling = spec.rope.scaling if spec.rope else None
-        # Only these depend on a length; the others would fill the table with one plan many times.
-        if seq_len is None or isinstance(scaling, DynamicNTK | LongRoPE):
-            plans[seq_len] = plan
+        if seq_len is None:
+            object.__setattr__(spec, "_plan", plan)
     return plan
 
 
-def _refuse_grad(in_place: bool, named: dict[str, Tensor | None]) -> None:
+def _refuse_no_spec(spec: Any) -> None:
+    if not isinstance(spec, Spec):
+        raise TypeError(f"spec: expected a qkrope.Spec, got {type(spec).__name__}")
+
+
+def _refuse_grad(in_place: bool, named: dict[str, Any]) -> None:
     for name, tensor in named.items():
-        if tensor is not None and tensor.requires_grad:
+        if getattr(tensor, "requires_grad", False):  # native code refuses what is no tensor
             if in_place:
                 raise ValueError(
                     f"{name}: expected a tensor without requires_grad in an in-place call, got one "
@@ -98,8 +101,10 @@ def _refuse_grad(in_place: bool, named: dict[str, Tensor | None]) -> None:
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    if not isinstance(value, tuple | list) or len(value) != 2:
+    if not isinstance(value, tuple | list):
         raise TypeError(f"{name}: expected a pair, got {type(value).__name__}")
+    if len(value) != 2:
+        raise TypeError(f"{name}: expected a pair, got a {type(value).__name__} of {len(value)}")
     return value[0], value[1]
 
 
@@ -119,6 +124,7 @@ def _extras(
                 f"{name}: expected None, got a bias, which the cpu and cuda kernels of this "
                 "release do not add; qkrope.reference does"
             )
+    _refuse_no_spec(spec)
     sources = {"cos_sin": cos_sin, "cos_sin_cache": cos_sin_cache, "inv_freq": inv_freq}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
@@ -128,6 +134,14 @@ def _extras(
     cos, sin = (None, None) if cos_sin is None else _pair("cos_sin", cos_sin)
     if (cos is None) != (sin is None) or (cos_sin is not None and cos is None):
         raise TypeError("cos_sin: expected two tensors (cos, sin), got None among them")
+    tables = {"cos": cos, "sin": sin, "cos_sin_cache": cos_sin_cache, "inv_freq": inv_freq}
+    for name, table in tables.items():
+        # The sine of a conjugated table: its memory holds the opposite of its values.
+        if isinstance(table, Tensor) and table.is_neg():
+            raise ValueError(
+                f"{name}: expected a tensor whose memory holds its values, got one that torch "
+                "negates when it is read (the imag of a conj?); call resolve_neg() on it"
+            )
     q_out, k_out = (None, None) if out is None else _pair("out", out)
     return cos, sin, cos_sin_cache, inv_freq, q_out, k_out
 
@@ -175,20 +189,40 @@ def _scaling(spec: Spec) -> Scaling | None:
 
 def _run(is_cuda: bool, plan: Plan, *operands: Any) -> None:
     if is_cuda:
-        from .cuda import launch
-
-        launch.qk_norm_rope(plan, *operands)
+        (_cuda or _load_cuda())(plan, *operands)
     else:
         cpu.qk_norm_rope(plan, *operands)
 
 
-def _first(*tensors: Any) -> Any:
-    for tensor in tensors:
-        if tensor is not None:
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"q, k: expected torch tensors, got {type(tensor).__name__}")
-            return tensor
-    raise ValueError("q, k: expected a tensor for at least one, got None for both")
+def _load_cuda() -> Any:
+    global _cuda
+    from .cuda.launch import qk_norm_rope as _cuda
+
+    return _cuda
+
+
+def _plain(name: str, tensor: Any) -> Tensor:
+    kind = type(tensor)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch tensor, got {kind.__name__}")
+    if kind is not Tensor and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        # A fake or wrapped tensor: the address it reports is not that of its elements.
+        raise TypeError(f"{name}: expected a tensor with memory of its own, got {kind.__name__}")
+    return tensor
+
+
+def _first(q: Any, k: Any) -> Tensor:
+    if q is None and k is None:
+        raise ValueError("q, k: expected a tensor for at least one, got None for both")
+    if k is not None and k.__class__ is not Tensor:
+        _plain("k", k)
+    return _plain("q", q) if q is not None else k
+
+
+def _empty_like(name: str, tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    return torch.empty(_plain(name, tensor).shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def qk_norm_rope(
@@ -230,19 +264,15 @@ def qk_norm_rope(
     Raises TypeError and ValueError naming argument, expected and got, before anything is written;
     CompileError where the kernel cannot be built.
     """
-    extras = (q_bias, k_bias, cos_sin, cos_sin_cache, inv_freq, out)
     first = _first(q, k)
     if out is None:
-        made = tuple(
-            None if t is None else torch.empty(_first(t).shape, dtype=t.dtype, device=t.device)
-            for t in (q, k)
-        )
-        extras = (*extras[:5], made)
+        made = (_empty_like("q", q), _empty_like("k", k))
     else:
         made = _pair("out", out)
         for i, (given, t) in enumerate(zip(made, (q, k), strict=True)):
             if t is not None and given is None:
                 raise TypeError(f"out[{i}]: expected a tensor, got None")
+    extras = (q_bias, k_bias, cos_sin, cos_sin_cache, inv_freq, made)
     plan, operands = _prepare(
         False, None, q, k, q_weight, k_weight, positions, spec, seq_len, extras
     )
@@ -273,7 +303,9 @@ def qk_norm_rope_(
     """
     first = _first(q, k)
     extras = (q_bias, k_bias, cos_sin, cos_sin_cache, inv_freq, out)
-    plan, operands = _prepare(True, None, q, k, q_weight, k_weight, positions, spec, seq_len, extras)
+    plan, operands = _prepare(
+        True, None, q, k, q_weight, k_weight, positions, spec, seq_len, extras
+    )
     _run(first.is_cuda, plan, *operands)
 
 
@@ -295,9 +327,27 @@ def qkv_norm_rope_(
     """``qk_norm_rope`` in place on a packed projection; V is not touched.
 
     qkv: ``[..., (nq + nk + nv) * head_dim]``, last stride 1; nv is inferred and may be 0. With
-    ``out`` = (``[..., nq, head_dim]``, ``[..., nk, head_dim]``) the result goes there and qkv stays.
+    ``out`` = (``[..., nq, head_dim]``, ``[..., nk, head_dim]``) the result goes there, qkv stays.
     """
-    first = _first(qkv)
+    # The plain call, as engines make it per layer: no frame and no container that it does not need.
+    if (
+        (plan := getattr(spec, "_plan", None)) is not None
+        and qkv.__class__ is positions.__class__ is Tensor
+        and q_bias is k_bias is cos_sin is cos_sin_cache is inv_freq is seq_len is out is None
+    ):
+        flags = _UNWRITTEN_WEIGHTS
+        if _grad_enabled():
+            flags = 0
+            if (
+                qkv.requires_grad
+                or getattr(q_weight, "requires_grad", False)
+                or getattr(k_weight, "requires_grad", False)
+            ):
+                _refuse_grad(True, {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight})
+        run = (_cuda or _load_cuda()) if qkv.is_cuda else cpu.qk_norm_rope
+        run(plan, flags, qkv, None, None, q_weight, k_weight, positions)
+        return
+    first = _plain("qkv", qkv)
     extras = (q_bias, k_bias, cos_sin, cos_sin_cache, inv_freq, out)
     plan, operands = _prepare(
         True, qkv, None, None, q_weight, k_weight, positions, spec, seq_len, extras
@@ -343,6 +393,8 @@ def warmup(
     if where.type == "cpu":
         _native.lib().cpu_isa()
     elif where.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: got {where}, expected one that is here: no CUDA device is")
         from .cuda import launch
 
         for angle in ("phase", "inv_freq", "table") if spec.rotary_dim else ("none",):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ._limits import choice, instance, integer, real, refuse
 from .scaling import (
@@ -114,6 +114,8 @@ class Spec:
     order: str = "norm_first"
     rounding: str = "once"
     max_position_embeddings: int | None = None
+
+    _plan: ClassVar[Any] = None  # what ops keeps on an instance; no part of its value
 
     def __post_init__(self) -> None:
         put = object.__setattr__

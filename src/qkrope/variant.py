@@ -71,12 +71,16 @@ class Variant:
         )
 
     @property
+    def lane_units(self) -> int:
+        """Units of four pairs that a lane holds: QK_LANE_UNITS of params.h."""
+        units = (self.head_dim + 7) // 8
+        return 1 if units <= 32 else 2 if units <= 64 else 4
+
+    @property
     def vector_bytes(self) -> int:
         """Width of the aligned loads, 0 where a lane's channels make no whole number of them."""
-        pairs, rotated = self.head_dim // 2, self.rotary_dim // 2
-        units = (self.head_dim + 7) // 8
-        held = 1 if units <= 32 else 2 if units <= 64 else 4  # QK_LANE_UNITS
-        if units % held:
+        pairs, rotated, held = self.head_dim // 2, self.rotary_dim // 2, self.lane_units
+        if (self.head_dim + 7) // 8 % held:
             return 0
         if self.pairing == "interleaved":
             return 16 if self.head_dim % 8 == 0 else 0

@@ -7,13 +7,15 @@ every layout and warp count instead, which is what the constants of the grid rul
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ from .data import Inputs, another_buffer, make_inputs, stationary
 from .machine import environment
 from .runner import COLD_BYTES, call
 from .shapes import Shape
-from .sweep import device_sweep
+from .sweep import device_sweep_measure
 
 TOLERANCE = 0.01  # a bar is met when the median ratio is within this of it
 
@@ -91,10 +93,16 @@ def buffers_of(bar: Bar) -> list[Inputs]:
     return [first] + [another_buffer(first) for _ in range(count - 1)]
 
 
-def graph(bar: Bar, calls: Sequence[timing.Measure]) -> timing.Measure:
+def graph(bar: Bar, calls: Sequence[Callable[[], object]]) -> timing.Measure:
     """One graph of the rotation."""
     moved = bar.shape.bytes_moved(bar.tokens, 2)
     return timing.graph_measure(calls, timing.launches_for(len(calls), moved / 3e6))
+
+
+def sweep_measure(bar: Bar, buffers: Sequence[Inputs]) -> timing.Measure:
+    """The yardstick of a case."""
+    launches = timing.launches_for(len(buffers), bar.shape.bytes_moved(bar.tokens, 2) / 3e6)
+    return device_sweep_measure(buffers, launches, pdl=True)
 
 
 def measure(bar: Bar, rounds: int = 9) -> dict[str, float]:
@@ -102,7 +110,7 @@ def measure(bar: Bar, rounds: int = 9) -> dict[str, float]:
     buffers = buffers_of(bar)
     measures = {
         "kernel": graph(bar, [call(b) for b in buffers]),
-        "sweep": graph(bar, [device_sweep(b, pdl=True) for b in buffers]),
+        "sweep": sweep_measure(bar, buffers),
     }
     samples = timing.interleaved(measures, rounds=rounds, budget_s=5.0)
     kernel, sweep = samples["kernel"], samples["sweep"]
@@ -114,11 +122,11 @@ def try_grids(bar: Bar, rounds: int = 5) -> list[tuple[float, int, int, int]]:
     is the rule.
     """
     buffers = buffers_of(bar)
-    measures = {"sweep": graph(bar, [device_sweep(b, pdl=True) for b in buffers])}
+    measures = {"sweep": sweep_measure(bar, buffers)}
     tried: dict[str, tuple[int, int, int]] = {}
     force = _native.lib().force_grid
-    some = [(p, w, t) for p in (1, 2, 3, 4) for w in (1, 2, 4) for t in (0, 1)]
-    for choice in [(0, 0, -1), *some]:
+    grids = itertools.product((1, 2, 3, 4), (1, 2, 4), (0, 1))
+    for choice in [(0, 0, -1), *grids]:
         force(*choice)
         key = "/".join(map(str, choice))
         tried[key] = choice
@@ -131,37 +139,38 @@ def try_grids(bar: Bar, rounds: int = 5) -> list[tuple[float, int, int, int]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0 if every bar is met."""
     parser = argparse.ArgumentParser(prog="python -m qkrope.bench.bars", description=__doc__)
-    parser.add_argument("--only", help="cases whose name holds this text")
+    parser.add_argument("--only", help="cases whose name holds one of these texts (comma)")
     parser.add_argument("--runs", type=int, default=3, help="the median of this many runs decides")
     parser.add_argument("--grid", action="store_true", help="try every layout and warp count")
     parser.add_argument("--out", type=Path, help="append one JSON line a case")
     options = parser.parse_args(argv)
-    bars = [bar for bar in BARS if not options.only or options.only in bar.name]
+    wanted = options.only.split(",") if options.only else [""]
+    bars = [bar for bar in BARS if any(text in bar.name for text in wanted)]
     facts = environment(torch.device("cuda"))
     missed = 0
     for bar in bars:
         if options.grid:
             found = try_grids(bar)
-            line = "  ".join(f"{f[1]}/{f[2]}/{f[3]} {f[0]:.3f}" for f in found[:6])
+            line = "  ".join("/".join(map(str, f[1:])) + f" {f[0]:.3f}" for f in found[:8])
             rule = next(f for f in found if f[1] == 0)
             print(f"{bar.name:24s} rule {rule[0]:.3f}  best: {line}", flush=True)
-            record = {"grid": [list(f) for f in found]}
+            result: dict[str, Any] = {"grid": [list(f) for f in found]}
         else:
             runs = [measure(bar) for _ in range(options.runs)]
-            record = {key: median(run[key] for run in runs) for key in runs[0]}
-            met = bar.ratio is None or record["ratio"] <= bar.ratio + TOLERANCE
+            result = {key: median(run[key] for run in runs) for key in runs[0]}
+            met = bar.ratio is None or result["ratio"] <= bar.ratio + TOLERANCE
             missed += not met
             verdict = (
                 "" if bar.ratio is None else f"bar {bar.ratio:5.3f} {'met' if met else 'MISSED'}"
             )
             print(
-                f"{bar.name:24s} {record['us']:8.2f} us  sweep {record['sweep_us']:8.2f} us  "
-                f"ratio {record['ratio']:.3f}  {verdict}",
+                f"{bar.name:24s} {result['us']:8.2f} us  sweep {result['sweep_us']:8.2f} us  "
+                f"ratio {result['ratio']:.3f}  {verdict}",
                 flush=True,
             )
         if options.out:
             with options.out.open("a") as file:
-                file.write(json.dumps({**facts, "bar": bar.name, **record}) + "\n")
+                file.write(json.dumps({**facts, "bar": bar.name, **result}) + "\n")
     return 1 if missed else 0
 
 

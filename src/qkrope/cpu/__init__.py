@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._native import entry
+from .._native import entry, refuse_foreign
+
+_native: Any = None
 
 
 def qk_norm_rope(plan: Any, *operands: Any) -> None:
-    """Run one checked call; ``operands`` as native/bindings.c lists them after the plan."""
-    entry(True)(plan.handle, *operands)
+    """Run one call; ``operands`` as native/bindings.c lists them after the plan."""
+    global _native
+    if _native is None:
+        _native = entry(True)
+    try:
+        _native(plan.handle, *operands)
+    except RuntimeError as error:
+        refuse_foreign(operands, error)
+        raise

@@ -97,8 +97,8 @@ def compile_variant(variant: Variant, arch: str, *, use_cache: bool = True) -> C
     if use_cache:
         found = disk.read(name)
         if found is not None:
-            path = disk.directory() / f"{name}.cubin"
-            return CompiledVariant(variant, arch, found.cubin, found.log, True, path)
+            kept = disk.directory() / f"{name}.cubin"
+            return CompiledVariant(variant, arch, found.cubin, found.log, True, kept)
     cubin, log = _nvrtc(source(variant), arch)
     path = disk.write(name, disk.Entry(cubin, log)) if use_cache else None
     return CompiledVariant(variant, arch, cubin, log, False, path)

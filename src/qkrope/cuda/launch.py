@@ -4,33 +4,50 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import warnings
 from typing import Any
 
 import torch
 
-from .._native import entry, lib
+from .._native import entry, lib, refuse_foreign
 from ..variant import ANGLES, DTYPES, Variant
 from .compile import arch_name, compile_variant
 
 _lock = threading.Lock()
 _loaded: dict[tuple[Variant, int], int] = {}
 _bound: set[tuple[int, int]] = set()
-_run: Any = None
+_native: Any = None
 
 
 def qk_norm_rope(plan: Any, *operands: Any) -> None:
     """Run one call; ``operands`` as native/bindings.c lists them after the plan."""
-    missing = (_run or _bind_entry())(plan.handle, *operands)
-    if missing:
-        build(plan, missing)
-        if _run(plan.handle, *operands):
+    try:
+        answer = (_native or _bind_entry())(plan.handle, *operands)
+    except RuntimeError as error:
+        refuse_foreign(operands, error)
+        raise
+    if answer > 0:
+        build(plan, answer)
+        answer = _native(plan.handle, *operands)
+        if answer > 0:
             raise RuntimeError("a kernel that was just built is missing (a bug in qkrope)")
+    if answer:
+        warnings.warn(_SLOW[answer], RuntimeWarning, stacklevel=4)
+
+
+# What the native call says of a slow path, once a process each.
+_SLOW = {
+    -1: "qkrope: rows that are not aligned to 8 or 16 bytes are read one element at a time; align "
+    "pointers and strides for full speed (said once)",
+    -2: "qkrope: head_dim and rotary dim of this Spec leave no aligned layout, so its elements are "
+    "read one at a time; multiples of 8 run at full speed (said once)",
+}
 
 
 def _bind_entry() -> Any:
-    global _run
-    _run = entry(False)
-    return _run
+    global _native
+    _native = entry(False)
+    return _native
 
 
 def build(plan: Any, key: int) -> None:
@@ -40,7 +57,9 @@ def build(plan: Any, key: int) -> None:
             "qkrope: this call's kernel is not loaded and cannot be while a CUDA graph is being "
             "captured; call qkrope.warmup(spec, device, dtype) before the capture"
         )
-    dtype, q_weight, k_weight = (DTYPES[key >> at & mask] for at, mask in ((1, 7), (4, 15), (8, 15)))
+    dtype, q_weight, k_weight = (
+        DTYPES[key >> at & mask] for at, mask in ((1, 7), (4, 15), (8, 15))
+    )
     variant = Variant.of(plan.spec, dtype, q_weight, k_weight, ANGLES[key >> 12 & 15])
     device = key >> 16
     with _lock:

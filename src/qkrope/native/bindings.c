@@ -11,6 +11,27 @@
 #define FUNCTION(name) \
   EXPORT int __tvm_ffi_##name(void* self, const TVMFFIAny* args, int32_t n, TVMFFIAny* result)
 
+static const char* type_name(int type_index) {
+  switch (type_index) {
+    case kTVMFFIBool:
+      return "a bool";
+    case kTVMFFIInt:
+      return "an int";
+    case kTVMFFIFloat:
+      return "a float";
+    case kTVMFFIRawStr:
+    case kTVMFFISmallStr:
+    case kTVMFFIStr:
+      return "a str";
+    case kTVMFFIArray:
+      return "a list or tuple";
+    case kTVMFFIMap:
+      return "a dict";
+    default:
+      return "something else";
+  }
+}
+
 static int tensor_arg(const char* name, const TVMFFIAny* arg, const DLTensor** out) {
   switch (arg->type_index) {
     case kTVMFFINone:
@@ -23,7 +44,8 @@ static int tensor_arg(const char* name, const TVMFFIAny* arg, const DLTensor** o
       *out = (const DLTensor*)((const char*)arg->v_obj + sizeof(TVMFFIObject));
       return 0;
     default:
-      return qk_raise("TypeError", "%s: expected a tensor or None, got something else", name);
+      return qk_raise("TypeError", "%s: expected a tensor or None, got %s", name,
+                      type_name(arg->type_index));
   }
 }
 
@@ -92,20 +114,20 @@ static int run_cpu(qk_checked* checked) {
 }
 
 // qk_norm_rope(plan, flags, qkv, q, k, q_weight, k_weight, positions
-//              [, k_positions, cos, sin, cos_sin_cache, inv_freq, q_out, k_out]) -> 0, or the key of
-// the CUDA kernels to build first. flags: 1 = nothing on this stream can have written the weights.
+//              [, k_positions, cos, sin, cos_sin_cache, inv_freq, q_out, k_out]) -> the
+// answer of qk_cuda_run. flags: 1 = nothing on this stream can have written the weights.
 FUNCTION(qk_norm_rope) {
   (void)self;
-  static const char* names[] = {"qkv",           "q",        "k",      "q_weight", "k_weight",
-                                "positions",     "positions[1]", "cos", "sin",
-                                "cos_sin_cache", "inv_freq", "out[0]", "out[1]"};
+  static const char* names[] = {
+      "qkv",          "q",   "k",   "q_weight",      "k_weight", "positions",
+      "positions[1]", "cos", "sin", "cos_sin_cache", "inv_freq", "out[0]",
+      "out[1]"};
   qk_call call;
   memset(&call, 0, sizeof call);
-  const DLTensor** slots[] = {&call.qkv,           &call.q,           &call.k,
-                              &call.q_weight,      &call.k_weight,    &call.q_positions,
-                              &call.k_positions,   &call.cos,         &call.sin,
-                              &call.cos_sin_cache, &call.inv_freq,    &call.q_out,
-                              &call.k_out};
+  const DLTensor** slots[] = {
+      &call.qkv,         &call.q,           &call.k,    &call.q_weight, &call.k_weight,
+      &call.q_positions, &call.k_positions, &call.cos,  &call.sin,      &call.cos_sin_cache,
+      &call.inv_freq,    &call.q_out,       &call.k_out};
   if (n < 8 || n > 15) return qk_raise("TypeError", "qk_norm_rope: got %d arguments", n);
   qk_plan* plan = (qk_plan*)(uintptr_t)args[0].v_int64;
   call.plan = plan;
@@ -114,14 +136,14 @@ FUNCTION(qk_norm_rope) {
     if (tensor_arg(names[i - 2], &args[i], slots[i - 2])) return -1;
   qk_checked checked;
   if (qk_check(&call, &checked)) return -1;
-  long long missing = 0;
+  long long answer = 0;
   if (checked.device_type == kDLCPU) {
     if (run_cpu(&checked)) return -1;
   } else {
     void* stream = TVMFFIEnvGetStream(checked.device_type, checked.device_id);
-    if (qk_cuda_run(plan, &checked, stream, &missing)) return -1;
+    if (qk_cuda_run(plan, &checked, stream, &answer)) return -1;
   }
-  return return_int(result, missing);
+  return return_int(result, answer);
 }
 
 // cuda_load(device, address of a cubin) -> kernels
@@ -142,16 +164,16 @@ FUNCTION(cuda_bind) {
   return return_int(result, 0);
 }
 
-// passes(heads, groups a warp, most, tokens, num_sms): the grid rule, for its test.
+// passes(heads, most, warps at one head a group, num_sms): the grid rule, for its test.
 FUNCTION(passes) {
   (void)self;
-  if (n != 5) return qk_raise("TypeError", "passes: expected 5 arguments, got %d", n);
-  return return_int(result, qk_passes((int)args[0].v_int64, (int)args[1].v_int64,
-                                      (int)args[2].v_int64, args[3].v_int64, (int)args[4].v_int64));
+  if (n != 4) return qk_raise("TypeError", "passes: expected 4 arguments, got %d", n);
+  return return_int(result, qk_passes((int)args[0].v_int64, (int)args[1].v_int64, args[2].v_int64,
+                                      (int)args[3].v_int64));
 }
 
-// force_grid(passes, warps a block, groups on tokens): overrides the grid rule while the bench tries
-// alternatives; (0, 0, -1) is the rule again.
+// force_grid(passes, warps a block, groups on tokens): overrides the grid rule while the bench
+// tries alternatives; (0, 0, -1) is the rule again.
 FUNCTION(force_grid) {
   (void)self;
   if (n != 3) return qk_raise("TypeError", "force_grid: expected 3 arguments, got %d", n);

@@ -1,6 +1,7 @@
 // check.c: the boundary. Every argument is checked here, once, for both backends, before anything
 // is written; what passes becomes the qk_params that the kernels read.
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "plan.h"
@@ -13,16 +14,17 @@ typedef struct {
   const char* first_name;
 } operands;
 
+// The text of one that no kernel reads lives until the next such call.
 static const char* dtype_name(DLDataType t) {
-  if (t.lanes == 1) {
-    if (t.code == kDLFloat) return t.bits == 32 ? "float32" : t.bits == 16 ? "float16" : "float64";
-    if (t.code == kDLBfloat) return "bfloat16";
-    if (t.code == kDLInt) return t.bits == 64 ? "int64" : t.bits == 32 ? "int32" : "a small int";
-    if (t.code == kDLBool) return "bool";
-    if (t.code == kDLUInt) return "an unsigned int";
-    if (t.code == kDLComplex) return "complex";
-  }
-  return "another type";
+  static const char* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+  static _Thread_local char text[32];
+  if (t.code == kDLFloat && t.bits == 32) return "float32";
+  if (t.code == kDLFloat && t.bits == 16) return "float16";
+  if (t.code == kDLBfloat && t.bits == 16) return "bfloat16";
+  if (t.code == kDLBool) return "bool";
+  if (t.code > kDLBool) return t.bits == 8 ? "a float8" : "another type";
+  snprintf(text, sizeof text, "%s%d", kinds[t.code], t.bits);
+  return text;
 }
 
 static int dtype_of(DLDataType t) {
@@ -136,8 +138,9 @@ static int check_memory(const qk_call* c, const operands* o, int has_q, int has_
   const qk_view* out[2] = {has_q ? &o->q_out : 0, has_k ? &o->k_out : 0};
   const DLTensor* read[] = {c->q_weight, c->k_weight, c->q_positions,   c->k_positions,
                             c->cos,      c->sin,      c->cos_sin_cache, c->inv_freq};
-  const char* names[] = {"q_weight", "k_weight", "positions",     "positions[1]",
-                         "cos",      "sin",      "cos_sin_cache", "inv_freq"};
+  const char* names[] = {"q_weight",      "k_weight", c->k_positions ? "positions[0]" : "positions",
+                         "positions[1]",  "cos",      "sin",
+                         "cos_sin_cache", "inv_freq"};
   for (int i = 0; i < 2; ++i) {
     if (!out[i]) continue;
     if (qk_overlaps_itself(out[i]))
@@ -307,8 +310,7 @@ static int coalesce(qk_params* p, int lead, const long long* size, long long* st
     p->tokens *= size[d];
     if (size[d] == 1) continue;
     int joins = kept > 0;
-    for (int i = 0; joins && i < n; ++i)
-      joins = strides[i][kept - 1] == strides[i][d] * size[d];
+    for (int i = 0; joins && i < n; ++i) joins = strides[i][kept - 1] == strides[i][d] * size[d];
     if (!joins && kept == QK_MAX_DIMS)
       return qk_raise("ValueError", "q, k: more than %d leading dimensions that do not coalesce",
                       QK_MAX_DIMS);
@@ -434,7 +436,7 @@ int qk_check(const qk_call* c, qk_checked* out) {
                    &out->variant.k_weight_dtype, &k_weight))
     return -1;
   int rotates = plan->variant.rotary_dim > 0;
-  out->variant.angle = !rotates                       ? QK_ANGLE_NONE
+  out->variant.angle = !rotates                     ? QK_ANGLE_NONE
                        : c->cos || c->cos_sin_cache ? QK_ANGLE_TABLE
                        : c->inv_freq                ? QK_ANGLE_INV_FREQ
                                                     : QK_ANGLE_PHASE;

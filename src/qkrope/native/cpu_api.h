@@ -19,8 +19,8 @@ const char* qk_cpu_isa(void);
 // Whether qk_cpu_select_isa(name) would succeed.
 int qk_cpu_supported(const char* name);
 
-// Runs a call whose parameters are already checked. Returns 0, or, with nothing written, -1 where no
-// instruction set is chosen and QKROPE_ISA names none that can run.
+// Runs a call whose parameters are already checked. Returns 0, or, with nothing written, -1 where
+// no instruction set is chosen and QKROPE_ISA names none that can run.
 int qk_cpu_run(const qk_variant* variant, const qk_params* params);
 
 #ifdef __cplusplus

@@ -1,13 +1,14 @@
 // cpu_kernel.h: the CPU kernel, written once over V, the vectors of one instruction set.
 //
 // A token is handled in three steps: the angles of its pairs; per side, the weights folded with
-// them into the four factors of a rotation; then, head by head, the sum of squares and the rotation.
-// All of it is float, rounded once at the store.
+// them into the four factors of a rotation; then, head by head, the sum of squares and the
+// rotation. All of it is float, rounded once at the store.
 //
-// Channels are taken 2N at a time (N = V::N) as two vectors (e, o), in whatever order is cheapest to
-// load: V::load decides, and V::arrange puts channel-ordered floats into that same order. Interleaved
-// pairing has its pairs in (e[j], o[j]); half pairing has them in (e[j], e'[j]) and (o[j], o'[j]),
-// e' and o' from the other half. Either way the tables are lists of "pair vectors", N pairs each.
+// Channels are taken 2N at a time (N = V::N) as two vectors (e, o), in whatever order is cheapest
+// to load: V::load decides, and V::arrange puts channel-ordered floats into that same order.
+// Interleaved pairing has its pairs in (e[j], o[j]); half pairing has them in (e[j], e'[j]) and
+// (o[j], o'[j]), e' and o' from the other half. Either way the tables are lists of "pair vectors",
+// N pairs each.
 #ifndef QKROPE_CPU_KERNEL_H
 #define QKROPE_CPU_KERNEL_H
 
@@ -42,7 +43,7 @@ class Kernel {
     const qk_side* args;
     long long x_head, y_head;  // bytes
     bool normalise;
-    float low;  // sums below this are taken again with more range
+    float low;                             // sums below this are taken again with more range
     alignas(64) float weight[2 * kPairs];  // [pair vector][wa, wb][N]
     alignas(64) float fold[4 * kPairs];    // [pair vector][wa ca, wb sa, wb cb, wa sb][N]
     alignas(64) float rest[kChannels];     // weights of the channels that do not rotate
@@ -233,13 +234,14 @@ class Kernel {
   }
 
   template <int kBlocks, class Factors>
-  void run_heads(const Side& s, const Factors* factors, const long long* xy, long long ahead) const {
+  void run_heads(const Side& s, const Factors* factors, const long long* xy,
+                 long long ahead) const {
     const int heads = s.args->heads, bytes = variant_.head_dim * kSize;
     const long long x_head = s.x_head, y_head = s.y_head;
     const char* x = at(s.args->x, xy[0]);
     char* y = static_cast<char*>(s.args->y) + xy[1];
-    // The statistics of a batch are begun before the batch in front of it is written: their roots and
-    // divisions take long, and nothing there waits for them.
+    // The statistics of a batch are begun before the batch in front of it is written: their roots
+    // and divisions take long, and nothing there waits for them.
     float rstd[2][kBatch] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
     if (s.normalise) statistics(s, x, heads, rstd[0]);
     for (int head = 0, now = 0; head < heads; head += kBatch, now ^= 1) {
@@ -290,19 +292,27 @@ class Kernel {
 
   template <int kBlocks, class Factors>
   void write_head(const Side& s, const char* x, char* y, F rstd, const Factors* factors) const {
-    constexpr int kStep = sizeof(Factors) == sizeof(float) ? 4 * N : 4;
+    constexpr int kStep = kVectors * (sizeof(Factors) == sizeof(float) ? 4 * N : 4);
+    Block block;
     if (kBlocks) {
       const long long other = kBlocks * kBytes;
 #pragma GCC unroll 8
-      for (int b = 0; b < kBlocks; b++)
-        write_pairs<false>(x + b * kBytes, y + b * kBytes, 0, other, rstd, factors + b * kStep * kVectors);
+      for (int b = 0; b < kBlocks; b++) {
+        load_pairs<false>(x + b * kBytes, 0, other, block);
+        turn_pairs<false>(block, y + b * kBytes, 0, other, rstd, factors + b * kStep);
+      }
       return;
     }
     const Blocks pairs = pairs_, rest = rest_;
     const long long other = half_ * kSize;
-    for (int b = 0; b < pairs.full; b++, x += kBytes, y += kBytes, factors += kStep * kVectors)
-      write_pairs<false>(x, y, 0, other, rstd, factors);
-    if (pairs.tail) write_pairs<true>(x, y, pairs.tail, other, rstd, factors);
+    // The last part is loaded first: a masked load behind a store it seems to overlap would wait.
+    Block part{};
+    if (pairs.tail) load_pairs<true>(x + pairs.full * kBytes, pairs.tail, other, part);
+    for (int b = 0; b < pairs.full; b++, x += kBytes, y += kBytes, factors += kStep) {
+      load_pairs<false>(x, 0, other, block);
+      turn_pairs<false>(block, y, 0, other, rstd, factors);
+    }
+    if (pairs.tail) turn_pairs<true>(part, y, pairs.tail, other, rstd, factors);
     x += rotary_ * kSize - pairs.full * kBytes;
     y += rotary_ * kSize - pairs.full * kBytes;
     const float* weight = s.rest;
@@ -323,19 +333,22 @@ class Kernel {
   }
 
   // A block of pairs, `other` bytes apart in half pairing; kPart: its first n channels only.
-  template <bool kPart, class Factors>
-  static void write_pairs(const char* x, char* y, int n, long long other, F rstd, const Factors* f) {
+  struct Block {
     F e, o, e2, o2;
-    V::template load2<kType, kInterleaved, kPart>(x, n, e, o);
-    if (kInterleaved) {
-      turn(e, o, rstd, f, 0);
-    } else {
-      V::template load2<kType, kInterleaved, kPart>(x + other, n, e2, o2);
-      turn(e, e2, rstd, f, 0);
-      turn(o, o2, rstd, f, 4);
-      V::template store2<kType, kInterleaved, kPart>(y + other, n, e2, o2);
+  };
+  template <bool kPart>
+  static void load_pairs(const char* x, int n, long long other, Block& b) {
+    V::template load2<kType, kInterleaved, kPart>(x, n, b.e, b.o);
+    if (!kInterleaved) V::template load2<kType, kInterleaved, kPart>(x + other, n, b.e2, b.o2);
+  }
+  template <bool kPart, class Factors>
+  static void turn_pairs(Block& b, char* y, int n, long long other, F rstd, const Factors* f) {
+    turn(b.e, kInterleaved ? b.o : b.e2, rstd, f, 0);
+    if (!kInterleaved) {
+      turn(b.o, b.o2, rstd, f, 4);
+      V::template store2<kType, kInterleaved, kPart>(y + other, n, b.e2, b.o2);
     }
-    V::template store2<kType, kInterleaved, kPart>(y, n, e, o);
+    V::template store2<kType, kInterleaved, kPart>(y, n, b.e, b.o);
   }
 
   template <bool kPart>

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "cpu_simd_part.h"
 #include "cpu_simd_quad.h"
 #include "params.h"
 
@@ -54,7 +55,7 @@ struct Avx2 {
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
-  static I load_bits(const float* p) { return raw(p); }
+  static I load_bits(const float* p) { return load_all(p); }
   static F canonical(F a) {
     return _mm256_blendv_ps(a.v, F(__builtin_nanf("")).v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   }
@@ -62,13 +63,14 @@ struct Avx2 {
   static int rstd(const F* sums, float dim, float eps, float low, float* out) {
     quad four[4];
     for (int i = 0; i < 4; i++)
-      four[i] = (quad)_mm_add_ps(_mm256_castps256_ps128(sums[i].v), _mm256_extractf128_ps(sums[i].v, 1));
+      four[i] =
+          (quad)_mm_add_ps(_mm256_castps256_ps128(sums[i].v), _mm256_extractf128_ps(sums[i].v, 1));
     return quad_rstd(quad_totals(four[0], four[1], four[2], four[3]), dim, eps, low, out);
   }
 
   template <int kType>
   static F widen(const char* p) {
-    if (kType == QK_F32) return _mm256_castsi256_ps(raw(p));
+    if (kType == QK_F32) return _mm256_castsi256_ps(load_all(p));
     __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if (kType == QK_F16) return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -92,11 +94,11 @@ struct Avx2 {
   template <int kType, bool kInterleaved, bool kPart>
   static void load2(const char* p, int n, F& e, F& o) {
     if (kType == QK_F32) {
-      __m256i lo = kPart ? raw_part(p, 4 * n) : raw(p);
-      __m256i hi = kPart ? raw_part(p + 32, 4 * n - 32) : raw(p + 32);
+      __m256i lo = kPart ? load_part(p, 4 * n) : load_all(p);
+      __m256i hi = kPart ? load_part(p + 32, 4 * n - 32) : load_all(p + 32);
       return arrange<kType, kInterleaved>(_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi), e, o);
     }
-    __m256i words = kPart ? raw_part(p, 2 * n) : raw(p);
+    __m256i words = kPart ? load_part(p, 2 * n) : load_all(p);
     if (kType == QK_F16) {
       F lo = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
       F hi = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
@@ -133,12 +135,9 @@ struct Avx2 {
   }
 
  private:
-  static __m256i raw(const void* p) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-  }
-
   // Nearest even, in words in the order of channels: the upper halves, and one more where the lower
-  // half, plus one if the upper one is odd, is over a half. A NaN here has a zero lower half and stays.
+  // half, plus one if the upper one is odd, is over a half. A NaN here has a zero lower half and
+  // stays.
   static __m256i to_bf16(__m256i e, __m256i o) {
     const __m256i half = _mm256_set1_epi16((short)0x8000), one = _mm256_set1_epi16(1);
     __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(e, 16), o, 0xaa);
@@ -147,38 +146,9 @@ struct Avx2 {
     return _mm256_add_epi16(upper, _mm256_min_epu16(_mm256_subs_epu16(lower, half), one));
   }
 
-  // The first `bytes` (even; none if negative, all from 32 on) of a vector and zeros.
-  static __m256i raw_part(const char* p, int bytes) {
-    static const int ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-    if (bytes >= 32) return raw(p);
-    if (bytes <= 0) return _mm256_setzero_si256();
-    int whole = bytes / 4;
-    __m256i v = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), raw(ones + 8 - whole));
-    if (bytes % 4 == 0) return v;
-    unsigned short last;
-    __builtin_memcpy(&last, p + 4 * whole, 2);
-    __m256i lane = _mm256_cmpeq_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
-                                      _mm256_set1_epi32(whole));
-    return _mm256_or_si256(v, _mm256_and_si256(lane, _mm256_set1_epi32(last)));
-  }
-
-  // The counterpart, in power-of-two pieces: masked stores are slow on some of these machines.
   template <bool kPart>
   static void put(char* p, __m256i v, int bytes) {
-    if (!kPart || bytes >= 32) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
-    if (bytes <= 0) return;
-    __m128i x = _mm256_castsi256_si128(v);
-    if (bytes & 16) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), x);
-      x = _mm256_extracti128_si256(v, 1), p += 16;
-    }
-    if (bytes & 8) {
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(p), x);
-      x = _mm_srli_si128(x, 8), p += 8;
-    }
-    unsigned long long rest = _mm_cvtsi128_si64(x);
-    if (bytes & 4) __builtin_memcpy(p, &rest, 4), rest >>= 32, p += 4;
-    if (bytes & 2) __builtin_memcpy(p, &rest, 2);
+    store_part(p, v, kPart ? bytes : 32);
   }
 };
 

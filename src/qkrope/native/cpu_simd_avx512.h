@@ -1,4 +1,5 @@
-// cpu_simd_avx512.h: sixteen lanes by AVX-512 F, BW, VL and DQ; bfloat16 instructions where built in.
+// cpu_simd_avx512.h: sixteen lanes by AVX-512 F, BW, VL and DQ; bfloat16 instructions where built
+// in.
 #ifndef QKROPE_CPU_SIMD_AVX512_H
 #define QKROPE_CPU_SIMD_AVX512_H
 
@@ -9,6 +10,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include "cpu_simd_part.h"
 #include "cpu_simd_quad.h"
 #include "params.h"
 
@@ -88,7 +90,8 @@ struct Avx512 {
   static void arrange(F lo, F hi, F& e, F& o) {
     e = lo, o = hi;
     if (kType == QK_BF16) {
-      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      const __m512i even =
+          _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
       e = _mm512_permutex2var_ps(lo.v, even, hi.v);
       o = _mm512_permutex2var_ps(lo.v, _mm512_add_epi32(even, _mm512_set1_epi32(1)), hi.v);
     } else if (kInterleaved) {
@@ -120,10 +123,8 @@ struct Avx512 {
     if (kType != QK_BF16 && kInterleaved)
       lo = _mm512_unpacklo_ps(e.v, o.v), hi = _mm512_unpackhi_ps(e.v, o.v);
     if (kType == QK_F32) {
-      if (!kPart) _mm512_storeu_ps(p, lo.v), _mm512_storeu_ps(p + 64, hi.v);
-      if (kPart) _mm512_mask_storeu_ps(p, first(n), lo.v);
-      if (kPart) _mm512_mask_storeu_ps(p + 64, first(n) >> 16, hi.v);
-      return;
+      put<kPart>(p, _mm512_castps_si512(lo.v), 4 * n);
+      return put<kPart>(p + 64, _mm512_castps_si512(hi.v), 4 * n - 64);
     }
     __m512i words;
     if (kType == QK_F16) {
@@ -132,10 +133,7 @@ struct Avx512 {
     } else {
       words = to_bf16(e, o, kPart ? first(n) : ~0u);
     }
-    if (kPart)
-      _mm512_mask_storeu_epi16(p, first(n), words);
-    else
-      _mm512_storeu_si512(p, words);
+    put<kPart>(p, words, 2 * n);
   }
 
 #ifdef __AVX512BF16__
@@ -170,20 +168,28 @@ struct Avx512 {
     return kPart ? _mm512_maskz_loadu_epi16(first(n), p) : _mm512_loadu_si512(p);
   }
 
+  template <bool kPart>
+  static void put(char* p, __m512i v, int bytes) {
+    if (!kPart || bytes >= 64) return _mm512_storeu_si512(p, v);
+    store_part(p, _mm512_castsi512_si256(v), bytes);
+    store_part(p + 32, _mm512_extracti64x4_epi64(v, 1), bytes - 32);
+  }
+
   // Nearest even, (e, o) to words in the order of channels; `used` says which of them matter.
   static __m512i to_bf16(F e, F o, [[maybe_unused]] __mmask32 used) {
 #ifdef __AVX512BF16__
     // The instruction takes what is below 2^-126 for zero, and bfloat16 has values there. So a zero
     // is doubted: it may be one, but then the slower way gives it too.
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                           8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __m512i words = (__m512i)_mm512_cvtne2ps_pbh(o.v, e.v);
     words = _mm512_permutexvar_epi16(order, words);
     __mmask32 zero = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x7fff));
     if (__builtin_expect(!(zero & used), 1)) return words;
 #endif
-    // The upper halves, and one more where the lower half, plus one if the upper one is odd, is over a
-    // half. A NaN here has a zero lower half and stays.
+    // The upper halves, and one more where the lower half, plus one if the upper one is odd, is
+    // over a half. A NaN here has a zero lower half and stays.
     const __m512i half = _mm512_set1_epi16((short)0x8000), one = _mm512_set1_epi16(1);
     const __m512i odd = _mm512_set1_epi32(0xffff0000);
     __m512i ew = _mm512_castps_si512(e.v), ow = _mm512_castps_si512(o.v);

@@ -1,11 +1,13 @@
-// cpu_simd_portable.h: four lanes in the compiler's own vector types, for every little-endian machine.
+// cpu_simd_portable.h: four lanes in the compiler's own vector types, for every little-endian
+// machine.
 #ifndef QKROPE_CPU_SIMD_PORTABLE_H
 #define QKROPE_CPU_SIMD_PORTABLE_H
 
 #include "cpu_simd_quad.h"
 #include "params.h"
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "pairs of 16-bit values are split by order");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "pairs of 16-bit values are split by order");
 
 namespace qk {
 namespace {
@@ -98,8 +100,7 @@ struct Portable {
   static void load2(const char* p, int n, F& e, F& o) {
     char part[32] = {};
     if (kPart) __builtin_memcpy(part, p, n * (kType == QK_F32 ? 4 : 2)), p = part;
-    if (kType == QK_F32)
-      return arrange<kType, kInterleaved>(raw<quad>(p), raw<quad>(p + 16), e, o);
+    if (kType == QK_F32) return arrange<kType, kInterleaved>(raw<quad>(p), raw<quad>(p + 16), e, o);
     quad_bits words = raw<quad_bits>(p);
     e = kType == QK_BF16 ? (quad)(words << 16) : from_half(words & 0xffff);
     o = kType == QK_BF16 ? (quad)(words & 0xffff0000u) : from_half(words >> 16);
@@ -157,7 +158,8 @@ struct Portable {
   static quad_bits to_half(F a) {
     quad_bits w = (quad_bits)a.v, sign = (w >> 16) & 0x8000u;
     quad_int size = (quad_int)(w & 0x7fffffffu);
-    quad_bits normal = ((quad_bits)size + 0xfffu + (((quad_bits)size >> 13) & 1u) - 0x38000000u) >> 13;
+    quad_bits normal =
+        ((quad_bits)size + 0xfffu + (((quad_bits)size >> 13) & 1u) - 0x38000000u) >> 13;
     // Below the least normal half, adding 1/2 leaves the count of the least subnormals.
     quad_bits small = (quad_bits)((quad)size + 0.5f) - 0x3f000000u;
     quad_bits result = choose(size < 0x38800000, small, normal);

@@ -1,4 +1,5 @@
-// cpu_simd_quad.h: four floats by the compiler's vector types, and the end of four heads' statistics.
+// cpu_simd_quad.h: four floats by the compiler's vector types, and the end of four heads'
+// statistics.
 #ifndef QKROPE_CPU_SIMD_QUAD_H
 #define QKROPE_CPU_SIMD_QUAD_H
 
@@ -46,8 +47,10 @@ inline int quad_rstd(quad sum, float dim, float eps, float low, float* rstd) {
 // The four totals of [i][j], j = 0..3, in one order for every i.
 inline quad quad_totals(quad a, quad b, quad c, quad d) {
 #ifdef __SSE2__
-  __m128 ab = _mm_add_ps(_mm_unpacklo_ps((__m128)a, (__m128)b), _mm_unpackhi_ps((__m128)a, (__m128)b));
-  __m128 cd = _mm_add_ps(_mm_unpacklo_ps((__m128)c, (__m128)d), _mm_unpackhi_ps((__m128)c, (__m128)d));
+  __m128 ab =
+      _mm_add_ps(_mm_unpacklo_ps((__m128)a, (__m128)b), _mm_unpackhi_ps((__m128)a, (__m128)b));
+  __m128 cd =
+      _mm_add_ps(_mm_unpacklo_ps((__m128)c, (__m128)d), _mm_unpackhi_ps((__m128)c, (__m128)d));
   return (quad)_mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
 #else
   quad evens = {a[0] + a[2], b[0] + b[2], c[0] + c[2], d[0] + d[2]};

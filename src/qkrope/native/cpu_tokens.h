@@ -26,7 +26,8 @@ inline float load_float(const char* from, int type) {
   __builtin_memcpy(&word, from, 2);
   unsigned bits = (unsigned)word << 16;
   if (type == QK_BF16) return bits_to_float(bits);
-  // A half's exponent and fraction in a float's place are 2^112 too small; infinities and NaN apart.
+  // A half's exponent and fraction in a float's place are 2^112 too small; infinities and NaN
+  // apart.
   unsigned sign = bits & 0x80000000u, rest = (word & 0x7fffu) << 13;
   float size = bits_to_float(rest) * 0x1p112f;
   if (rest >= 0x0f800000u) size = bits_to_float(rest | 0x7f800000u);
@@ -44,7 +45,7 @@ class Cursor {
                                        p.pos_dim, p.cos_dim, p.sin_dim};
     const long long bytes = size_of(v.dtype), table = size_of(p.table_dtype);
     const long long unit[kOffsets] = {bytes, bytes, bytes, bytes, p.pos_wide ? 8 : 4, table, table};
-    const bool used[kOffsets] = {p.q.heads > 0, p.q.heads > 0,   p.k.heads > 0,  p.k.heads > 0,
+    const bool used[kOffsets] = {p.q.heads > 0,    p.q.heads > 0,    p.k.heads > 0,   p.k.heads > 0,
                                  p.pos != nullptr, p.cos != nullptr, p.sin != nullptr};
     for (int d = p.ndim - 1; d >= 0; d--) {
       index_[d] = token % p.size[d];

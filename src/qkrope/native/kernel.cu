@@ -1,8 +1,8 @@
 // kernel.cu: normalise, rotate and store Q and K. A group of lanes covers a head and stays on one
 // token for a few heads of q or of k; a lane holds both channels of each of its pairs, so that the
 // only thing lanes exchange is the sum of squares. The macros QK_HEAD_DIM, QK_ROTARY_DIM,
-// QK_PAIRING, QK_DTYPE, QK_Q_NORM, QK_K_NORM, QK_Q_WEIGHT, QK_K_WEIGHT, QK_ANGLE, QK_VECTOR_BYTES are
-// the variant.
+// QK_PAIRING, QK_DTYPE, QK_Q_NORM, QK_K_NORM, QK_Q_WEIGHT, QK_K_WEIGHT, QK_ANGLE, QK_VECTOR_BYTES
+// are the variant.
 #include "math.h"
 #include "params.h"
 
@@ -11,9 +11,13 @@ namespace {
 constexpr int kHeadDim = QK_HEAD_DIM, kRotary = QK_ROTARY_DIM;
 constexpr int kPairs = kHeadDim / 2, kRotatedPairs = kRotary / 2;
 constexpr bool kHalf = QK_PAIRING == QK_HALF;
-constexpr int kUnits = QK_LANE_UNITS(kHeadDim), kLanes = QK_LANES(kHeadDim);
-constexpr int kGroups = QK_GROUPS(kHeadDim), kPasses = QK_PASSES(kHeadDim);
+constexpr int kUnits = QK_LANE_UNITS(kHeadDim);
+constexpr int kLanes = QK_LANES(kHeadDim);
+constexpr int kGroups = QK_GROUPS(kHeadDim);
+constexpr int kPasses = QK_PASSES(kHeadDim);
 constexpr int kCount = kUnits * 4;  // pairs a lane
+// Held from before the wait, except where that would cost a spill.
+constexpr bool kEarlyFrac = kUnits != 2;
 constexpr unsigned kAllLanes = 0xffffffffu;
 // No lane holds rotated and unrotated pairs both.
 constexpr bool kWholeLanes = kRotatedPairs % kCount == 0;
@@ -22,16 +26,29 @@ static_assert(kHeadDim >= 2 && kHeadDim <= QK_MAX_HEAD_DIM && kHeadDim % 2 == 0,
 static_assert(kRotary >= 0 && kRotary <= kHeadDim && kRotary % 2 == 0, "rotary_dim");
 static_assert((QK_ANGLE == QK_ANGLE_NONE) == (kRotary == 0), "angle source");
 
-// The channels of pair j: the rotated pairs come first; the rest of the head is paired for company.
+// The channels of pair j. The rotated pairs come first; the rest of the head is paired for company,
+// at the rotated pairs' distance where whole blocks of them fill it, so that a lane's two runs lie
+// as far apart in every lane.
+constexpr bool kBlocked =
+    kRotary > 0 && kRotary < kHeadDim&& kHeadDim % (kRotary > 0 ? kRotary : 1) == 0;
+
+// Otherwise a lane's two runs lie as far apart as its place in the head says.
+constexpr bool kSpread = kHalf && kRotary > 0 && kRotary < kHeadDim && !kBlocked;
+
 __device__ __forceinline__ int channel_a(int j) {
   if (!kHalf) return 2 * j;
+  if (kBlocked) return j + j / kRotatedPairs * kRotatedPairs;
   return j < kRotatedPairs ? j : j + kRotatedPairs;
 }
 __device__ __forceinline__ int channel_b(int j) {
   if (!kHalf) return 2 * j + 1;
+  if (kBlocked) return channel_a(j) + kRotatedPairs;
   return j < kRotatedPairs ? j + kRotatedPairs : j + kPairs;
 }
-__device__ __forceinline__ bool rotated(int j) { return kRotary == kHeadDim || j < kRotatedPairs; }
+// Pair i of the lane whose first is `first`.
+__device__ __forceinline__ bool rotated(int first, int i) {
+  return kRotary == kHeadDim || first + (kWholeLanes ? 0 : i) < kRotatedPairs;
+}
 
 // ---- elements ---------------------------------------------------------------------------------
 
@@ -121,7 +138,9 @@ struct Share {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = kOne;
   }
-  __device__ __forceinline__ float a(int i) const { return element<kType>(words, kHalf ? i : 2 * i); }
+  __device__ __forceinline__ float a(int i) const {
+    return element<kType>(words, kHalf ? i : 2 * i);
+  }
   __device__ __forceinline__ float b(int i) const {
     return element<kType>(words, kHalf ? kUnits * 4 + i : 2 * i + 1);
   }
@@ -143,12 +162,13 @@ struct Share {
     float unit[kUnits];
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      unit[u] = 0.0f;
+      float sum_a = qk::mul(a(4 * u), a(4 * u)), sum_b = qk::mul(b(4 * u), b(4 * u));
 #pragma unroll
-      for (int i = 4 * u; i < 4 * u + 4; ++i) {
-        unit[u] = qk::fma(a(i), a(i), unit[u]);
-        unit[u] = qk::fma(b(i), b(i), unit[u]);
+      for (int i = 4 * u + 1; i < 4 * u + 4; ++i) {
+        sum_a = qk::fma(a(i), a(i), sum_a);
+        sum_b = qk::fma(b(i), b(i), sum_b);
       }
+      unit[u] = qk::add(sum_a, sum_b);
     }
 #pragma unroll
     for (int step = 1; step < kUnits; step *= 2)
@@ -199,7 +219,8 @@ struct Share {
  private:
   // Bytes from a lane's a channels to its b channels: a constant for a fully rotated head.
   __device__ __forceinline__ static int apart(int first) {
-    if (kRotary == kHeadDim || kRotary == 0) return kPairs * kSize;
+    if (kRotary == 0 || kRotary == kHeadDim) return kPairs * kSize;
+    if (kBlocked) return kRotatedPairs * kSize;
     return (first < kRotatedPairs ? kRotatedPairs : kPairs - kRotatedPairs) * kSize;
   }
   __device__ __forceinline__ void put(int e, const char* base, int channel) {
@@ -238,7 +259,8 @@ __device__ __forceinline__ float table_value(const void* table, int type, long l
 }
 
 // The table is ours and aligned, so two entries make a 16-byte load.
-__device__ __forceinline__ void read_frac(const qk_frac* table, int first, qk_frac (&frac)[kCount]) {
+__device__ __forceinline__ void read_frac(const qk_frac* table, int first,
+                                          qk_frac (&frac)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {
     if (first + i + 1 < kRotatedPairs) {
@@ -321,8 +343,7 @@ __device__ __forceinline__ void weigh(const Weight& weight, float offset, Factor
   }
 }
 
-__device__ __forceinline__ void turn(int i, float ca, float sa, float cb, float sb,
-                                     Factors& f) {
+__device__ __forceinline__ void turn(int i, float ca, float sa, float cb, float sb, Factors& f) {
   const float a = f.aa[i], b = f.bb[i];
   f.aa[i] = qk::mul(a, ca), f.ab[i] = qk::mul(b, sa);
   f.bb[i] = qk::mul(b, cb), f.ba[i] = qk::mul(a, sb);
@@ -366,6 +387,19 @@ __device__ __forceinline__ void turn_by_phase(const qk_launch& p, int position, 
   }
 }
 
+// Programmatic dependent launch: the next kernel may start (it waits for our end by itself), and
+// what the previous ones wrote is visible from here on.
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 template <int kRows, typename Row>
 __device__ __forceinline__ void finish(const qk_launch_side& side, bool is_k, Row* rows,
                                        const Factors& f, int first, int base, int rank, int count,
@@ -389,7 +423,7 @@ __device__ __forceinline__ void finish(const qk_launch_side& side, bool is_k, Ro
       if (QK_Q_NORM == QK_NORM_RMS || QK_K_NORM == QK_NORM_RMS)
         a = qk::mul(a, rstd[i]), b = qk::mul(b, rstd[i]);
       // A channel that is not rotated must not see its company, which may be NaN.
-      const bool turns = rotated(first + j);
+      const bool turns = rotated(first, j);
       const float cross_b = turns ? b : 0.0f, cross_a = turns ? a : 0.0f;
       float ya, yb, unused;
       qk::rotate(a, cross_b, f.aa[j], f.ab[j], 0.0f, 0.0f, ya, unused);
@@ -403,15 +437,18 @@ __device__ __forceinline__ void finish(const qk_launch_side& side, bool is_k, Ro
 template <int kType, int kBytes>
 __device__ __forceinline__ void read_weight(const void* weight, int first,
                                             Share<kType, kBytes>& share) {
-  share.fill_ones();
-  if (weight) share.load((const char*)weight + share.place(first), first);
+  if (weight)
+    share.load((const char*)weight + share.place(first), first);
+  else
+    share.fill_ones();
 }
 
 template <int kBytes>
 __device__ __forceinline__ void run(const qk_launch& p) {
+  release_next();
+
   // 1. Place: which token, which heads of q or of k, which pairs of a head.
-  const int lane = threadIdx.x, group = lane / kLanes, rank = lane % kLanes;
-  const int first = rank * kCount;
+  const int group = threadIdx.x / kLanes, rank = threadIdx.x % kLanes, first = rank * kCount;
   const int is_k = (int)blockIdx.x >= p.q_slots;
   const qk_launch_side& side = p.side[is_k];
   const unsigned step = p.groups_on_tokens ? kGroups : 1;
@@ -431,7 +468,7 @@ __device__ __forceinline__ void run(const qk_launch& p) {
 
   // 2. What no earlier kernel on the stream can have written, before waiting for that kernel.
   qk_frac frac[kCount];
-  if (QK_ANGLE == QK_ANGLE_PHASE) read_frac(p.frac, first, frac);
+  if (QK_ANGLE == QK_ANGLE_PHASE && kEarlyFrac) read_frac(p.frac, first, frac);
   Share<QK_Q_WEIGHT, kBytes> q_weight;  // of k too, where it has the same type
   Share<QK_K_WEIGHT, kBytes> k_weight;
   constexpr bool kOneType = QK_Q_WEIGHT == QK_K_WEIGHT;
@@ -442,10 +479,9 @@ __device__ __forceinline__ void run(const qk_launch& p) {
       read_weight(side.weight, first, k_weight);
   };
   if (p.early_weights) read_weights();
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_previous();
+
+  if (!p.early_weights) read_weights();
 
   // 3. Load: every head of the walk in flight at once, and the position.
   Row rows[kPasses];
@@ -454,20 +490,20 @@ __device__ __forceinline__ void run(const qk_launch& p) {
     rows[i].clear();
     if (i < count) rows[i].load(x + i * side.x_head, first);
   }
-  int position = 0;
-  bool bad = false;
+  int position = 0, high_word = 0;
   if (QK_ANGLE != QK_ANGLE_NONE && (QK_ANGLE != QK_ANGLE_TABLE || p.pos)) {
     position = *(const int*)(p.pos + at.pos);
-    if (p.pos_wide) bad = ((const int*)(p.pos + at.pos))[1] != position >> 31;
+    if (p.pos_wide) high_word = ((const int*)(p.pos + at.pos))[1];
   }
 
   // 4. Angles: once for the token, folded with the weights for every head of the walk.
   Factors factors;
-  if (!p.early_weights) read_weights();
+  const bool bad = p.pos_wide && high_word != position >> 31;
   if (kOneType || !is_k)
     weigh(q_weight, side.weight_offset, factors);
   else
     weigh(k_weight, side.weight_offset, factors);
+  if (QK_ANGLE == QK_ANGLE_PHASE && !kEarlyFrac) read_frac(p.frac, first, frac);
   if (QK_ANGLE == QK_ANGLE_INV_FREQ) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
@@ -492,16 +528,26 @@ __device__ __forceinline__ void run(const qk_launch& p) {
     QK_UNITS(kHeadDim) % kUnits == 0 &&
     (kHalf ? kRotatedPairs % kCount == 0 && kPairs % kCount == 0 : kHeadDim % 8 == 0);
 
+// Blocks an SM that ptxas must leave registers for, as measured: 9 are 56 registers, 7 are 72.
+constexpr bool kPowerOfTwo = (kLanes & (kLanes - 1)) == 0;
+constexpr bool kPartly = kRotary > 0 && kRotary < kHeadDim;
+[[maybe_unused]] constexpr int kMinBlocks = QK_DTYPE == QK_F32 || kUnits > 2 ? 1
+                                            : kUnits == 2                    ? (kPartly ? 5 : 7)
+                                            : kPartly                        ? 7
+                                            : kPowerOfTwo                    ? 9
+                                            : kLanes < 14                    ? 7
+                                                                             : 8;
+
 }  // namespace
 
-#define QK_KERNEL(name, bytes)                                              \
-  extern "C" __global__ void __launch_bounds__(32 * QK_BLOCK_WARPS)         \
+#define QK_KERNEL(name, bytes, blocks)                                      \
+  extern "C" __global__ void __launch_bounds__(32 * QK_BLOCK_WARPS, blocks) \
       name(const __grid_constant__ qk_launch p) {                           \
     run<bytes>(p);                                                          \
   }
 
 #if QK_VECTOR_BYTES
 static_assert(kRuns, "vector loads");
-QK_KERNEL(qkrope_vector, QK_VECTOR_BYTES)
+QK_KERNEL(qkrope_vector, QK_VECTOR_BYTES, kMinBlocks)
 #endif
-QK_KERNEL(qkrope_scalar, 0)
+QK_KERNEL(qkrope_scalar, 0, 1)

@@ -47,9 +47,10 @@ static int driver(void) {
   if (cu.ready) return 0;
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!library) return qk_raise("RuntimeError", "the CUDA driver did not load: %s", dlerror());
-#define FIND(name)                                            \
-  if (!(*(void**)&cu.name = dlsym(library, "cu" #name)))      \
-    return qk_raise("RuntimeError", "the CUDA driver has no cu" #name "; expected driver >= 12.0");
+#define FIND(name)                                                                            \
+  if (!(*(void**)& cu.name = dlsym(library, "cu" #name)))                                     \
+    return qk_raise("RuntimeError", "the CUDA driver has no cu" #name "; expected driver >= " \
+                                                                      "12.0");
   FIND(GetErrorName)
   FIND(GetErrorString)
   FIND(CtxGetDevice)
@@ -75,8 +76,8 @@ static int failed(CUresult code, const char* call) {
   cu.GetErrorString(code, &text);
   return qk_raise("RuntimeError", "%s failed: %s (%s)", call, name, text);
 }
-#define TRY(call)                        \
-  do {                                   \
+#define TRY(call)                               \
+  do {                                          \
     if (failed(cu.call, "cu" #call)) return -1; \
   } while (0)
 
@@ -97,7 +98,8 @@ static void leave(int pushed) {
   if (pushed) cu.CtxPopCurrent_v2(&context);
 }
 
-// ---- kernels of a plan ---------------------------------------------------------------------------
+// ---- kernels of a plan
+// ---------------------------------------------------------------------------
 
 // Everything a cubin was compiled for that the plan does not fix, and the device it is loaded on.
 // A weight that is not given fits any kernel; a key names it as if it had the activations' dtype.
@@ -127,7 +129,8 @@ static int load_kernels(qk_kernels* kernels, int device, const void* cubin) {
   TRY(DeviceGetAttribute(&kernels->num_sms, MULTIPROCESSOR_COUNT, device));
   TRY(LibraryLoadData(&library, cubin, 0, 0, 0, 0, 0, 0));
   for (int i = 0; i < 2; ++i) {
-    if (cu.LibraryGetKernel(&kernel, library, names[i])) continue;  // a variant without vector loads
+    if (cu.LibraryGetKernel(&kernel, library, names[i]))
+      continue;  // a variant without vector loads
     TRY(KernelGetFunction(&kernels->function[i], kernel));
   }
   if (!kernels->function[1]) return qk_raise("RuntimeError", "cuda_load: a cubin that is not ours");
@@ -172,16 +175,18 @@ int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* ker
   return 0;
 }
 
-// ---- the grid -------------------------------------------------------------------------------------
+// ---- the grid
+// -------------------------------------------------------------------------------------
 
 // Heads that a group of lanes serves, one after the other, of one side of one token. A small batch
-// spreads over as many groups as there are heads; a large one gives each group as many as it can
-// have in flight, so that an angle is computed once for all of them, while the machine stays full.
-int qk_passes(int heads, int groups, int most, long long tokens, int num_sms) {
-  const long long enough = 24LL * num_sms * groups;  // groups that keep the memory busy
-  int each = 1;
-  while (each < most && each < heads && tokens * ((heads + each) / (each + 1)) >= enough) ++each;
-  int slots = (heads + each - 1) / each;
+// spreads over all multiprocessors, about six warps each; a large one gives each group as many
+// heads as it can have in flight, so that an angle is computed once for all of them.
+int qk_passes(int heads, int most, long long warps, int num_sms) {
+  long long each = (warps + 6LL * num_sms - 1) / (6LL * num_sms);
+  if (each > most) each = most;
+  if (each > heads) each = heads;
+  if (each < 1) each = 1;
+  int slots = (int)((heads + each - 1) / each);
   return (heads + slots - 1) / slots;  // as even as it goes
 }
 
@@ -251,40 +256,53 @@ static void fill_launch(const qk_params* p, int item, const qk_frac* frac, qk_la
   out->cos_row = p->cos_row, out->sin_row = p->sin_row;
 }
 
-// For the bench that justifies the rule above: passes (0: by the rule), warps a block (0), and
-// groups on tokens (-1).
+// For the bench that justifies the rule above: passes (0: by the rule), warps a block (0), groups
+// on tokens (-1).
 static int forced_passes, forced_warps, forced_on_tokens = -1;
 
 void qk_force_grid(int passes, int warps, int on_tokens) {
   forced_passes = passes, forced_warps = warps, forced_on_tokens = on_tokens;
 }
 
-static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* params, void* stream) {
-  int head_dim = c->variant.head_dim, groups = QK_GROUPS(head_dim), slots = 0;
-  int num_sms = slot->kernels->num_sms;
+static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* params, void* stream,
+                  long long* answer) {
+  const qk_variant* v = &c->variant;
+  const int groups = QK_GROUPS(v->head_dim);
+  const int most = QK_PASSES(v->head_dim), num_sms = slot->kernels->num_sms;
+  int slots = 0;
   qk_launch p;
   if (params->tokens > INT32_MAX)
     return qk_raise("ValueError", "q, k: got %lld tokens, expected at most 2^31 - 1",
                     params->tokens);
   fill_launch(params, c->variant.dtype == QK_F32 ? 4 : 2, slot->frac, &p);
   void* function = slot->kernels->function[0];
-  if (!function || !is_aligned(c, &p)) function = slot->kernels->function[1];
-  p.groups_on_tokens = forced_on_tokens >= 0 ? forced_on_tokens : params->tokens >= groups;
+  if (!function || !is_aligned(c, &p)) {
+    static int said[2];  // a slow path announces itself, once
+    int why = function ? 0 : 1;
+    if (!said[why]) *answer = -1 - why;
+    said[why] = 1;
+    function = slot->kernels->function[1];
+  }
+  // Warps if each group served one head.
+  const long long items = params->tokens * (p.side[0].heads + p.side[1].heads) / groups;
+  p.groups_on_tokens = forced_on_tokens >= 0 ? forced_on_tokens : items > 16LL * num_sms;
   int heads_a_slot = p.groups_on_tokens ? 1 : groups;
   for (int i = 0; i < 2; ++i) {
     int heads = p.side[i].heads;
     if (!heads) continue;
-    int each = qk_passes(heads, groups, QK_PASSES(head_dim), params->tokens, num_sms);
+    int each = qk_passes(heads, most, items, num_sms);
     if (forced_passes) each = forced_passes < heads ? forced_passes : heads;
+    if (each > most) each = most;
     p.side[i].passes = each;
     slots += (heads + each * heads_a_slot - 1) / (each * heads_a_slot);
     if (!i) p.q_slots = slots;
   }
   unsigned tokens_a_warp = p.groups_on_tokens ? groups : 1;
   unsigned warps = (p.tokens + tokens_a_warp - 1) / tokens_a_warp;
-  unsigned block = forced_warps                            ? (unsigned)forced_warps
-                   : (long long)warps * slots >= 8LL * num_sms ? QK_BLOCK_WARPS
-                                                               : 1;
+  const long long all = (long long)warps * slots;
+  // A small grid in small blocks: they spread evenly beside what the kernel before left resident.
+  unsigned block = all > 24LL * num_sms ? QK_BLOCK_WARPS : 1;
+  if (forced_warps) block = forced_warps;
   unsigned blocks = (warps + block - 1) / block;
   launch_attribute attribute;
   memset(&attribute, 0, sizeof attribute);
@@ -306,17 +324,17 @@ static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* par
   return 0;
 }
 
-int qk_cuda_run(const qk_plan* plan, const qk_checked* c, void* stream, long long* missing) {
+int qk_cuda_run(const qk_plan* plan, const qk_checked* c, void* stream, long long* answer) {
   long long key = qk_slot_key(c);
   const qk_slot* slot = find_slot(plan, c, key);
   if (!slot) {
-    *missing = key;
+    *answer = key;
     return 0;
   }
   int pushed, status = 0;
   if (enter(c->device_id, &pushed)) return -1;
   for (int i = 0; i < c->num_parts && !status; ++i) {
-    if (c->part[i].tokens) status = launch(slot, c, &c->part[i], stream);
+    if (c->part[i].tokens) status = launch(slot, c, &c->part[i], stream, answer);
   }
   leave(pushed);
   return status;

@@ -31,9 +31,9 @@ typedef struct {
 
 // q or k. Strides are in elements; the last dimension of x, y, weight has stride 1.
 typedef struct {
-  const void* x;  // [size[0], ..., size[ndim-1], heads, head_dim]
-  void* y;        // same shape; may be x itself
-  const void* weight;  // [head_dim]; null: all ones before weight_offset
+  const void* x;       // [size[0], ..., size[ndim-1], heads, head_dim]
+  void* y;             // same shape; may be x itself
+  const void* weight;  // [head_dim]; null: all ones, and then no weight_offset
   long long x_head, y_head;
   long long x_dim[QK_MAX_DIMS], y_dim[QK_MAX_DIMS];
   int heads;  // 0: this side is absent
@@ -53,7 +53,7 @@ typedef struct {
   const qk_frac* frac;  // [rotary_dim / 2]
   const void* inv_freq;
   long long inv_freq_step;
-  int inv_freq_dtype;  // QK_F32 | QK_F64 | QK_BF16 | QK_F16
+  int inv_freq_dtype;      // QK_F32 | QK_F64 | QK_BF16 | QK_F16
   float attention_factor;  // multiplies the rotated channels; 1 with a table
   // QK_ANGLE_TABLE: entry i of a row is cos[row + i * cos_step].
   int table_dtype;
@@ -66,7 +66,8 @@ typedef struct {
   int early_weights;  // CUDA: nothing on this stream can have written the weights
 } qk_params;
 
-// ---- CUDA: the same call laid out for a launch, what every warp reads first and together ----------
+// ---- CUDA: the same call laid out for a launch, what every warp reads first and together
+// ----------
 
 // Strides are in bytes. Blocks below q_slots in x serve q, the rest k. A group of lanes serves
 // `passes` heads of one token, one after the other.
@@ -104,8 +105,8 @@ typedef struct {
   long long cos_dim[QK_MAX_DIMS], sin_dim[QK_MAX_DIMS];
 } qk_launch;
 
-// How a warp covers heads on CUDA; the launcher and the kernel must agree. A unit is four pairs; a
-// lane holds 1, 2 or 4 of them.
+// How a warp covers heads on CUDA; the launcher, the kernel and variant.py must agree. A unit is
+// four pairs; a lane holds 1, 2 or 4 of them, so that a warp covers at least one head.
 #define QK_UNITS(head_dim) (((head_dim) + 7) / 8)
 #define QK_LANE_UNITS(head_dim) (QK_UNITS(head_dim) <= 32 ? 1 : QK_UNITS(head_dim) <= 64 ? 2 : 4)
 #define QK_LANES(head_dim) \

@@ -58,12 +58,14 @@ int qk_check(const qk_call* call, qk_checked* out);
 void qk_fracs_of_inv_freq(const void* inv_freq, int is_double, long long step, int n, qk_frac* out);
 
 // launcher.c
-int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long long* missing_key);
+// *answer: > 0, nothing ran and these kernels are to be bound first; 0; or -1 (unaligned rows) or
+// -2 (no aligned layout) the first time such a call took the slow kernel.
+int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long long* answer);
 long long qk_slot_key(const qk_checked* call);
 qk_kernels* qk_cuda_load(int device, const void* cubin);
 int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
 void qk_force_grid(int passes, int warps, int on_tokens);
-int qk_passes(int heads, int groups, int most, long long tokens, int num_sms);
+int qk_passes(int heads, int most, long long warps, int num_sms);
 
 // view.c
 int qk_raise(const char* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -32,6 +32,9 @@ int qk_view_of(const char* name, const DLTensor* tensor, qk_view* out) {
     out->stride[d] = tensor->strides ? tensor->strides[d] : dense;
     dense *= tensor->shape[d];
   }
+  if (!tensor->data && dense)
+    return qk_raise("ValueError",
+                    "%s: expected a tensor with memory, got one without (a fake one?)", name);
   return 0;
 }
 
