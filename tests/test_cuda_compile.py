@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -112,11 +113,28 @@ def test_a_warning_would_show() -> None:
     assert "warning" in log.lower()
 
 
-def ptx(one: Variant, arch: str = "sm_90") -> str:
-    from cuda.core import Program, ProgramOptions
+def nvrtc(text: str, arch: str = "sm_90") -> str:
+    """The PTX of a source, or AssertionError with the log (cuda.core wants a driver for PTX)."""
+    from cuda.bindings import nvrtc as lib
 
-    options = ProgramOptions(name="qkrope.cu", arch=arch, std=compiling.STANDARD)
-    return Program(compiling.source(one), "c++", options).compile("ptx").code.decode()
+    def check(result: tuple[Any, ...]) -> Any:
+        assert result[0] == lib.nvrtcResult.NVRTC_SUCCESS, result
+        return result[1] if len(result) > 1 else None
+
+    program = check(lib.nvrtcCreateProgram(text.encode(), b"qkrope.cu", 0, [], []))
+    options = [f"--gpu-architecture={arch.replace('sm', 'compute')}".encode(), b"--std=c++17"]
+    (result,) = lib.nvrtcCompileProgram(program, len(options), options)
+    if result != lib.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * check(lib.nvrtcGetProgramLogSize(program))
+        check(lib.nvrtcGetProgramLog(program, log))
+        raise AssertionError(log.decode())
+    found = b" " * check(lib.nvrtcGetPTXSize(program))
+    check(lib.nvrtcGetPTX(program, found))
+    return found.decode()
+
+
+def ptx(one: Variant, arch: str = "sm_90") -> str:
+    return nvrtc(compiling.source(one), arch)
 
 
 @pytest.mark.parametrize("name", ["128", "256/64", "table", "float32", "1024", "34/10"])
@@ -243,8 +261,6 @@ def test_a_syntax_error_shows_the_compilers_log(monkeypatch: pytest.MonkeyPatch)
 
 def test_lane_units_cover_every_head_dim() -> None:
     """params.h for all head dims at once, by assertions that NVRTC evaluates."""
-    from cuda.core import Program, ProgramOptions
-
     checks = []
     for head_dim in range(2, MAX_HEAD_DIM + 1, 2):
         units = lane_units(head_dim)
@@ -253,14 +269,9 @@ def test_lane_units_cover_every_head_dim() -> None:
             checks.append(f'static_assert(QK_{name}({head_dim}) == {value}, "{name} {head_dim}");')
         assert 1 <= lanes <= 32
     header = _native.resource("native", "params.h").read_text()
-
-    def build(lines: list[str]) -> None:
-        options = ProgramOptions(arch="sm_90", std=compiling.STANDARD)
-        Program("\n".join([header, *lines]), "c++", options).compile("ptx")
-
-    build(checks)
-    with pytest.raises(Exception, match="static assertion failed"):
-        build([*checks, 'static_assert(QK_LANES(128) == 15, "");'])
+    nvrtc("\n".join([header, *checks]))
+    with pytest.raises(AssertionError, match="static assertion failed"):
+        nvrtc(header + 'static_assert(QK_LANES(128) == 15, "");')
 
 
 def runs_are_whole(one: Variant) -> bool:
@@ -293,9 +304,10 @@ def test_vector_loads_where_and_only_where_runs_are_whole() -> None:
         if draw.random() < 0.5:
             head_dim = -(-head_dim // 16) * 16
         step = draw.choice([2, 8, 16])
-        rotary = min(head_dim, draw.randint(1, head_dim // 2) * 2 // step * step or 2)
+        rotary = min(head_dim, draw.randint(0, head_dim // 2) * 2 // step * step)
         pairing, dtype = draw.choice(["half", "interleaved"]), draw.choice(DTYPES)
-        one = variant(head_dim, rotary, pairing, dtype)
+        angle = "phase" if rotary else "none"
+        one = variant(head_dim, rotary, pairing, dtype, angle=angle)
         assert bool(one.vector_bytes) == runs_are_whole(one), one
         assert one.layouts == (("vector", "scalar") if one.vector_bytes else ("scalar",))
         size = 4 if dtype == "float32" else 2
@@ -328,21 +340,19 @@ def test_vector_loads_are_refused_elsewhere(
 def test_passes() -> None:
     """1 to ``most`` heads a group, in slots that cover the heads with none empty."""
     rule = _native.lib().passes
-    counts = (1, 2, 3, 5, 8, 17, 32, 80, 129, 4096)
-    tokens = (1, 2, 7, 64, 500, 1000, 4096, 10**5, 10**7, 2**31 - 1)
+    warps = (0, 1, 2, 7, 64, 500, 1000, 4096, 10**5, 10**7, 2**31, 2**43)
     largest = 0
-    for heads in counts:
-        for groups in (1, 2, 4, 32):
-            for most in (1, 2, 4):
-                for num_sms in (20, 108, 132, 148):
-                    found = [rule(heads, groups, most, t, num_sms) for t in tokens]
-                    assert all(1 <= each <= min(most, heads) for each in found)
-                    assert found == sorted(found), (heads, groups, most, num_sms, found)
-                    for each in found:
-                        slots = -(-heads // each)
-                        assert slots * each >= heads and (slots - 1) * each < heads
-                    largest = max(largest, *found)
+    for heads in (1, 2, 3, 5, 8, 17, 32, 80, 129, 4096):
+        for most in (1, 2, 4):
+            for num_sms in (1, 20, 108, 132, 148):
+                found = [rule(heads, most, w, num_sms) for w in warps]
+                assert all(1 <= each <= min(most, heads) for each in found)
+                assert found == sorted(found), (heads, most, num_sms, found)
+                for each in found:
+                    slots = -(-heads // each)
+                    assert slots * each >= heads > (slots - 1) * each
+                largest = max(largest, *found)
     assert largest == 4
-    assert rule(32, 2, 4, 1, 132) == 1  # one token: every head at once
-    assert rule(32, 2, 4, 10**6, 132) == 4  # many: as many as can be in flight
-    assert rule(5, 2, 4, 10**6, 132) == 3  # 3 + 2, not 4 + 1
+    assert rule(32, 4, 1, 132) == 1  # one token: every head at once
+    assert rule(32, 4, 10**6, 132) == 4  # many: as many as can be in flight
+    assert rule(5, 4, 10**6, 132) == 3  # 3 + 2, not 4 + 1

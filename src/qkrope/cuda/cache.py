@@ -56,13 +56,13 @@ def _path(folder: Path, key: str) -> Path:
 
 
 def read(key: str) -> Entry | None:
-    """The entry of a key; one that is missing, truncated or altered is a miss."""
-    folder = _checked(create=False)
-    if folder is None:
-        return None
+    """The entry of a key; one that is missing, unreadable, truncated or altered is a miss."""
     try:
+        folder = _checked(create=False)
+        if folder is None:
+            return None
         data = _path(folder, key).read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return None
     body = data[len(_MAGIC) + _DIGEST :]
     if data[: len(_MAGIC)] != _MAGIC:
@@ -90,7 +90,9 @@ def write(key: str, entry: Entry) -> Path | None:
             Path(staged).unlink(missing_ok=True)
             raise
     except OSError as error:
-        warnings.warn(f"qkrope keeps no compiled kernels: {error}", RuntimeWarning, stacklevel=3)
+        # The same text each time, without the staged name: Python then says it once.
+        text = f"qkrope keeps no compiled kernels in {directory()}: {error.strerror or error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
         return None
     return path
 

@@ -16,7 +16,7 @@ from . import cache as disk
 
 SCHEMA = 1
 STANDARD = "c++17"
-_SOURCES = ("params.h", "math.h", "kernel.cu")
+_SOURCES = ("params.h", "math.h", "rows.cuh", "turns.cuh", "kernel.cu")
 _COMPILERS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 _INSTALL = "pip install qkrope[cuda]"
 
