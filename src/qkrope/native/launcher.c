@@ -47,10 +47,11 @@ static int driver(void) {
   if (cu.ready) return 0;
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!library) return qk_raise("RuntimeError", "the CUDA driver did not load: %s", dlerror());
-#define FIND(name)                                                                            \
-  if (!(*(void**)& cu.name = dlsym(library, "cu" #name)))                                     \
-    return qk_raise("RuntimeError", "the CUDA driver has no cu" #name "; expected driver >= " \
-                                                                      "12.0");
+#define FIND(name)                                                    \
+  if (!(*(void**)& cu.name = dlsym(library, "cu" #name)))             \
+    return qk_raise("RuntimeError", "the CUDA driver has no cu" #name \
+                                    "; expected driver >= "           \
+                                    "12.0");
   FIND(GetErrorName)
   FIND(GetErrorString)
   FIND(CtxGetDevice)

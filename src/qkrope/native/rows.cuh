@@ -32,7 +32,7 @@ constexpr bool kBlocked = kPartly && kHeadDim % (kPartly ? kRotary : 1) == 0;
 
 __device__ __forceinline__ int channel_a(int j) {
   if (!kHalf) return 2 * j;
-  if (kBlocked) return j + j / kRotatedPairs * kRotatedPairs;
+  if (kBlocked) return j + j / (kRotatedPairs > 0 ? kRotatedPairs : 1) * kRotatedPairs;
   return j < kRotatedPairs ? j : j + kRotatedPairs;
 }
 __device__ __forceinline__ int channel_b(int j) {
