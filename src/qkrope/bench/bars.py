@@ -105,6 +105,7 @@ def sweep_measure(bar: Bar, buffers: Sequence[Inputs]) -> timing.Measure:
     return device_sweep_measure(buffers, launches, pdl=True)
 
 
+@torch.no_grad()
 def measure(bar: Bar, rounds: int = 9) -> dict[str, float]:
     """Median microseconds of kernel and sweep, and the median of their ratio round by round."""
     buffers = buffers_of(bar)
@@ -117,6 +118,7 @@ def measure(bar: Bar, rounds: int = 9) -> dict[str, float]:
     return {"us": kernel.median, "sweep_us": sweep.median, "ratio": kernel.ratio(sweep)}
 
 
+@torch.no_grad()
 def try_grids(bar: Bar, rounds: int = 5) -> list[tuple[float, int, int, int]]:
     """(ratio, passes, warps a block, groups on tokens) of every alternative, best first; 0, 0, -1
     is the rule.
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if options.out:
             with options.out.open("a") as file:
-                file.write(json.dumps({**facts, "bar": bar.name, **result}) + "\n")
+                file.write(json.dumps({**facts, "case": bar.name, "bar": bar.ratio, **result}) + "\n")
     return 1 if missed else 0
 
 

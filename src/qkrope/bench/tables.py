@@ -1,16 +1,18 @@
 """The benchmark tables of the README, written from the records.
 
 `python -m qkrope.bench.tables README.md` replaces what stands between `<!-- bench:cpu -->` and
-`<!-- /bench:cpu -->` (and the same with cuda) by a table of the newest records; `--check` changes
-nothing and exits 1 if the file is out of date.
+`<!-- /bench:cpu -->` (and the same with cuda, and with bars) by a table of the newest records;
+`--check` changes nothing and exits 1 if the file is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import records
 from .records import Record
@@ -84,9 +86,24 @@ def _speedup(record: Record, name: str) -> str:
     return f"{result['speedup']:.1f}x" if "speedup" in result else "-"
 
 
-def rewrite(text: str, found: Sequence[Record]) -> str:
+def render_bars(found: Sequence[dict[str, Any]]) -> str:
+    """The table of `python -m qkrope.bench.bars`, the last line of each case."""
+    if not found:
+        return "No record yet.\n"
+    latest = {row["case"]: row for row in found}
+    lines = ["| case | us | sweep, us | ratio | bar |", "|---|---:|---:|---:|---:|"]
+    for case, row in latest.items():
+        numbers = f"{row['us']:.2f} | {row['sweep_us']:.2f} | {row['ratio']:.3f} | {row['bar']}"
+        lines.append(f"| {case} | {numbers} |")
+    names = ("device_name", "isa", "driver", "torch", "qkrope", "commit")
+    facts = {name: _several(str(row[name]) for row in latest.values()) for name in names}
+    where = "{device_name}, {isa}, driver {driver}, torch {torch}, qkrope {qkrope}, commit {commit}."
+    return "\n".join([*lines, "", where.format(**facts), ""])
+
+
+def rewrite(text: str, found: Sequence[Record], bars: Sequence[dict[str, Any]] = ()) -> str:
     """The text with every marked table replaced; ValueError for a marker without its end."""
-    for kind in KINDS:
+    for kind in (*KINDS, "bars"):
         start, end = f"<!-- bench:{kind} -->", f"<!-- /bench:{kind} -->"
         if start not in text and end not in text:
             continue
@@ -94,7 +111,8 @@ def rewrite(text: str, found: Sequence[Record]) -> str:
         _, closing, after = rest.partition(end)
         if not closing:
             raise ValueError(f"{start}: expected {end} after it")
-        text = f"{before}{start}\n{render(found, kind)}{end}{after}"
+        table = render_bars(bars) if kind == "bars" else render(found, kind)
+        text = f"{before}{start}\n{table}{end}{after}"
     return text
 
 
@@ -111,8 +129,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--results: {args.results} is not a folder", file=sys.stderr)
         return 2
     found = [r for path in sorted(args.results.glob("*.jsonl")) for r in records.read(path)]
+    bars = [
+        json.loads(line)
+        for path in sorted((args.results / "bars").glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
     old = args.file.read_text()
-    new = rewrite(old, found)
+    new = rewrite(old, found, bars)
     if new == old:
         return 0
     if args.check:
