@@ -171,8 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
         if options.out:
+            line = json.dumps({**facts, "case": bar.name, "bar": bar.ratio, **result})
             with options.out.open("a") as file:
-                file.write(json.dumps({**facts, "case": bar.name, "bar": bar.ratio, **result}) + "\n")
+                file.write(line + "\n")
     return 1 if missed else 0
 
 

@@ -97,7 +97,9 @@ def render_bars(found: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {case} | {numbers} |")
     names = ("device_name", "isa", "driver", "torch", "qkrope", "commit")
     facts = {name: _several(str(row[name]) for row in latest.values()) for name in names}
-    where = "{device_name}, {isa}, driver {driver}, torch {torch}, qkrope {qkrope}, commit {commit}."
+    where = (
+        "{device_name}, {isa}, driver {driver}, torch {torch}, qkrope {qkrope}, commit {commit}."
+    )
     return "\n".join([*lines, "", where.format(**facts), ""])
 
 

@@ -1,56 +1,9 @@
 // check.c: the boundary. Every argument is checked here, once, for both backends, before anything
 // is written; what passes becomes the qk_params that the kernels read.
 #include <stdint.h>
-#include <stdio.h>
 #include <string.h>
 
-#include "plan.h"
-#include "view.h"
-
-typedef struct {
-  qk_view q, k, q_out, k_out;  // [leading..., heads, head_dim]
-  int device_type, device_id;
-  const DLTensor* first;  // the tensor the others must agree with, and its name
-  const char* first_name;
-} operands;
-
-// The text of one that no kernel reads lives until the next such call.
-static const char* dtype_name(DLDataType t) {
-  static const char* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
-  static _Thread_local char text[32];
-  if (t.code == kDLFloat && t.bits == 32) return "float32";
-  if (t.code == kDLFloat && t.bits == 16) return "float16";
-  if (t.code == kDLBfloat && t.bits == 16) return "bfloat16";
-  if (t.code == kDLBool) return "bool";
-  if (t.code > kDLBool) return t.bits == 8 ? "a float8" : "another type";
-  snprintf(text, sizeof text, "%s%d", kinds[t.code], t.bits);
-  return text;
-}
-
-static int dtype_of(DLDataType t) {
-  if (t.lanes != 1) return -1;
-  if (t.code == kDLBfloat && t.bits == 16) return QK_BF16;
-  if (t.code != kDLFloat) return -1;
-  return t.bits == 32 ? QK_F32 : t.bits == 16 ? QK_F16 : t.bits == 64 ? QK_F64 : -1;
-}
-
-static int float_dtype(const char* name, const DLTensor* t, int* dtype) {
-  *dtype = dtype_of(t->dtype);
-  if (*dtype >= 0 && *dtype != QK_F64) return 0;
-  return qk_raise("TypeError", "%s: expected float32, bfloat16 or float16, got %s", name,
-                  dtype_name(t->dtype));
-}
-
-static int on_device(const operands* o, const char* name, const DLTensor* t) {
-  if (t->device.device_type == o->first->device.device_type &&
-      t->device.device_id == o->first->device.device_id)
-    return 0;
-  static const char* kinds[] = {"?", "cpu", "cuda"};
-  int got = t->device.device_type, want = o->first->device.device_type;
-  return qk_raise("ValueError", "%s: expected device %s:%d like %s, got %s:%d", name,
-                  want <= 2 ? kinds[want] : "?", o->first->device.device_id, o->first_name,
-                  got <= 2 ? kinds[got] : "an unsupported kind", t->device.device_id);
-}
+#include "check.h"
 
 // ---- q, k and their outputs -------------------------------------------------------------------
 
@@ -111,11 +64,11 @@ static int output_view(const operands* o, const char* name, const DLTensor* t, c
   }
   int got_dtype;
   char want[128], got[128];
-  if (on_device(o, name, t) || float_dtype(name, t, &got_dtype) || qk_view_of(name, t, v))
+  if (qk_on_device(o, name, t) || qk_float_dtype(name, t, &got_dtype) || qk_view_of(name, t, v))
     return -1;
   if (got_dtype != dtype)
     return qk_raise("TypeError", "%s: expected the dtype of %s, got %s", name, in->name,
-                    dtype_name(t->dtype));
+                    qk_dtype_name(t->dtype));
   if (v->ndim != in->ndim || memcmp(v->size, in->size, v->ndim * sizeof *v->size))
     return qk_raise("ValueError", "%s: expected shape %s of %s, got %s", name,
                     qk_shape_text(in->size, in->ndim, want, sizeof want), in->name,
@@ -172,131 +125,14 @@ static int check_weight(const operands* o, const char* name, const DLTensor* t, 
   if (norm == QK_NORM_NONE)
     return qk_raise("ValueError", "%s: expected None, since this side's Norm has kind \"none\"",
                     name);
-  if (on_device(o, name, t) || float_dtype(name, t, dtype) || qk_view_of(name, t, &v)) return -1;
+  if (qk_on_device(o, name, t) || qk_float_dtype(name, t, dtype) || qk_view_of(name, t, &v))
+    return -1;
   if (v.ndim != 1 || v.size[0] != head_dim)
     return qk_raise("ValueError", "%s: expected shape [%d], got %s", name, head_dim,
                     qk_shape_text(v.size, v.ndim, got, sizeof got));
   if (v.stride[0] != 1)
     return qk_raise("ValueError", "%s: expected stride 1, got %lld", name, v.stride[0]);
   *data = v.data;
-  return 0;
-}
-
-// Strides that walk `v` (its first `dims` dimensions) along the leading dimensions of `to`.
-static int broadcast(const char* name, const qk_view* v, int dims, const qk_view* to,
-                     long long* stride) {
-  int lead = to->ndim - 2, skip = lead - dims;
-  char got[128], want[128];
-  for (int d = 0; d < lead; ++d) {
-    int at = d - skip;
-    stride[d] = at < 0 || v->size[at] == 1 ? 0 : v->stride[at];
-    if (at >= 0 && v->size[at] != 1 && v->size[at] != to->size[d]) skip = -1;
-    if (skip < 0) break;
-  }
-  if (skip >= 0) return 0;
-  return qk_raise("ValueError",
-                  "%s: expected leading dimensions that broadcast to %s of %s, got shape %s", name,
-                  qk_shape_text(to->size, lead, want, sizeof want), to->name,
-                  qk_shape_text(v->size, v->ndim, got, sizeof got));
-}
-
-static int out_of_range(const qk_view* v, int wide, int dim, long long at, long long low,
-                        long long high, long long* bad) {
-  if (dim == v->ndim) {
-    long long p = wide ? ((const int64_t*)v->data)[at] : ((const int32_t*)v->data)[at];
-    *bad = p;
-    return p < low || p > high;
-  }
-  for (long long i = 0; i < v->size[dim]; ++i)
-    if (out_of_range(v, wide, dim + 1, at + i * v->stride[dim], low, high, bad)) return 1;
-  return 0;
-}
-
-static int check_positions(const operands* o, const char* name, const DLTensor* t,
-                           const qk_view* to, int required, qk_params* p, long long* stride) {
-  if (!t)
-    return required ? qk_raise("ValueError",
-                               "%s: expected an int32 or int64 tensor, got None (the Spec rotates "
-                               "and no cos_sin is given)",
-                               name)
-                    : 0;
-  qk_view v;
-  if (t->dtype.code != kDLInt || t->dtype.lanes != 1 ||
-      (t->dtype.bits != 32 && t->dtype.bits != 64))
-    return qk_raise("TypeError", "%s: expected int32 or int64, got %s", name, dtype_name(t->dtype));
-  if (on_device(o, name, t) || qk_view_of(name, t, &v) || broadcast(name, &v, v.ndim, to, stride))
-    return -1;
-  p->pos = v.data;
-  p->pos_wide = t->dtype.bits == 64;
-  if (o->device_type != kDLCPU) return 0;  // CUDA: such a position gives NaN, in the kernel
-  long long low = p->table_rows ? 0 : INT32_MIN, bad;
-  long long high = p->table_rows ? p->table_rows - 1 : INT32_MAX;
-  if (qk_view_count(to) && out_of_range(&v, p->pos_wide, 0, 0, low, high, &bad))
-    return qk_raise("ValueError", "%s: expected values in [%lld, %lld]%s, got %lld", name, low,
-                    high, p->table_rows ? " (rows of cos_sin_cache)" : "", bad);
-  return 0;
-}
-
-static int table_dtype(const operands* o, const char* name, const DLTensor* t, int dtype,
-                       int* out) {
-  if (on_device(o, name, t)) return -1;
-  *out = dtype_of(t->dtype);
-  if (*out == QK_F32 || *out == dtype) return 0;
-  return qk_raise("TypeError", "%s: expected float32 or the dtype of q and k, got %s", name,
-                  dtype_name(t->dtype));
-}
-
-static int check_table(const operands* o, const char* name, const DLTensor* t, const qk_view* to,
-                       int rotary, int dtype, qk_params* p, const void** data, long long* step,
-                       long long* stride) {
-  qk_view v;
-  char got[128];
-  if (table_dtype(o, name, t, dtype, &p->table_dtype) || qk_view_of(name, t, &v)) return -1;
-  long long last = v.ndim ? v.size[v.ndim - 1] : 0;
-  if (last != rotary && last != rotary / 2)
-    return qk_raise("ValueError",
-                    "%s: expected a last dimension of %d (one value a pair) or %d (one a channel), "
-                    "got shape %s",
-                    name, rotary / 2, rotary, qk_shape_text(v.size, v.ndim, got, sizeof got));
-  if (broadcast(name, &v, v.ndim - 1, to, stride)) return -1;
-  *data = v.data;
-  *step = v.stride[v.ndim - 1];
-  p->table_full = last == rotary;
-  return 0;
-}
-
-static int check_cache(const operands* o, const DLTensor* t, int rotary, int dtype, qk_params* p) {
-  qk_view v;
-  char got[128];
-  if (table_dtype(o, "cos_sin_cache", t, dtype, &p->table_dtype) ||
-      qk_view_of("cos_sin_cache", t, &v))
-    return -1;
-  if (v.ndim != 2 || v.size[1] != rotary || v.size[0] < 1)
-    return qk_raise("ValueError",
-                    "cos_sin_cache: expected shape [max_position, %d] = [cos | sin], got %s",
-                    rotary, qk_shape_text(v.size, v.ndim, got, sizeof got));
-  p->table_rows = v.size[0];
-  p->cos = v.data;
-  p->sin = v.data + v.stride[1] * (rotary / 2) * v.item;
-  p->cos_step = p->sin_step = v.stride[1];
-  p->cos_row = p->sin_row = v.stride[0];
-  return 0;
-}
-
-static int check_inv_freq(const operands* o, const DLTensor* t, int rotary, qk_params* p) {
-  qk_view v;
-  char got[128];
-  if (on_device(o, "inv_freq", t)) return -1;
-  p->inv_freq_dtype = dtype_of(t->dtype);
-  if (p->inv_freq_dtype != QK_F32 && p->inv_freq_dtype != QK_F64)
-    return qk_raise("TypeError", "inv_freq: expected float32 or float64, got %s",
-                    dtype_name(t->dtype));
-  if (qk_view_of("inv_freq", t, &v)) return -1;
-  if (v.ndim != 1 || v.size[0] != rotary / 2)
-    return qk_raise("ValueError", "inv_freq: expected shape [%d], got %s", rotary / 2,
-                    qk_shape_text(v.size, v.ndim, got, sizeof got));
-  p->inv_freq = v.data;
-  p->inv_freq_step = v.stride[0];
   return 0;
 }
 
@@ -362,23 +198,23 @@ static int make_part(const qk_call* c, const operands* o, int has_q, int has_k, 
   if (rotary) {
     if (c->cos) {
       int full, cos_dtype;
-      if (check_table(o, "cos", c->cos, lead, rotary, dtype, p, &p->cos, &p->cos_step, w.cos))
+      if (qk_check_table(o, "cos", c->cos, lead, rotary, dtype, p, &p->cos, &p->cos_step, w.cos))
         return -1;
       full = p->table_full, cos_dtype = p->table_dtype;
-      if (check_table(o, "sin", c->sin, lead, rotary, dtype, p, &p->sin, &p->sin_step, w.sin))
+      if (qk_check_table(o, "sin", c->sin, lead, rotary, dtype, p, &p->sin, &p->sin_step, w.sin))
         return -1;
       if (full != p->table_full)
         return qk_raise("ValueError", "sin: expected a last dimension of %d like cos, got %d",
                         full ? rotary : rotary / 2, full ? rotary / 2 : rotary);
       if (cos_dtype != p->table_dtype)
         return qk_raise("TypeError", "sin: expected the dtype of cos, got %s",
-                        dtype_name(c->sin->dtype));
+                        qk_dtype_name(c->sin->dtype));
     } else {
-      if (c->cos_sin_cache && check_cache(o, c->cos_sin_cache, rotary, dtype, p)) return -1;
-      if (c->inv_freq && check_inv_freq(o, c->inv_freq, rotary, p)) return -1;
+      if (c->cos_sin_cache && qk_check_cache(o, c->cos_sin_cache, rotary, dtype, p)) return -1;
+      if (c->inv_freq && qk_check_inv_freq(o, c->inv_freq, rotary, p)) return -1;
       const DLTensor* t = has_q || !c->k_positions ? c->q_positions : c->k_positions;
       const char* name = c->k_positions ? (has_q ? "positions[0]" : "positions[1]") : "positions";
-      if (check_positions(o, name, t, lead, 1, p, w.pos)) return -1;
+      if (qk_check_positions(o, name, t, lead, 1, p, w.pos)) return -1;
     }
   }
   long long* strides[] = {w.q, w.q_out, w.k, w.k_out, w.pos, w.cos, w.sin};
@@ -409,7 +245,7 @@ int qk_check(const qk_call* c, qk_checked* out) {
   if (o.device_type != kDLCPU && o.device_type != kDLCUDA)
     return qk_raise("ValueError", "%s: expected a cpu or cuda tensor, got DLPack device type %d",
                     o.first_name, type);
-  if (float_dtype(o.first_name, o.first, &dtype)) return -1;
+  if (qk_float_dtype(o.first_name, o.first, &dtype)) return -1;
   if (c->qkv) {
     if (packed_views(plan, c->qkv, &o)) return -1;
   } else {
@@ -417,10 +253,10 @@ int qk_check(const qk_call* c, qk_checked* out) {
     if (has_q && heads_view("q", c->q, plan->num_q_heads, head_dim, &o.q)) return -1;
     if (has_k && heads_view("k", c->k, plan->num_kv_heads, head_dim, &o.k)) return -1;
     if (has_q && has_k) {
-      if (on_device(&o, "k", c->k)) return -1;
-      if (dtype_of(c->k->dtype) != dtype)
+      if (qk_on_device(&o, "k", c->k)) return -1;
+      if (qk_dtype_of(c->k->dtype) != dtype)
         return qk_raise("TypeError", "k: expected the dtype of q (%s), got %s",
-                        dtype_name(c->q->dtype), dtype_name(c->k->dtype));
+                        qk_dtype_name(c->q->dtype), qk_dtype_name(c->k->dtype));
     }
   }
   if (has_q && output_view(&o, "out[0]", c->q_out, &o.q, dtype, &o.q_out)) return -1;
