@@ -68,6 +68,8 @@ class Plan:
 def _plan(spec: Spec, seq_len: int | None) -> Plan:
     """The plan of a Spec: by value for equal Specs, and on the instance for its next plain call."""
     _refuse_no_spec(spec)
+    if seq_len is None and spec._plan is not None:
+        return spec._plan
     if seq_len is not None and (not isinstance(seq_len, int) or seq_len < 1):
         raise ValueError(f"seq_len: expected a Python int of at least 1, got {seq_len!r}")
     resolved = angles.resolve(spec, seq_len)
