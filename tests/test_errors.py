@@ -149,12 +149,12 @@ spec=NO_ROPE, inv_freq=n(2, dtype=FP32)      | V | inv_freq | expected None | sp
 THE_REST = """
 q_bias=n(8)                         | V | q_bias | expected None | qkrope.reference does
 k_bias=n(8)                         | V | k_bias | expected None | got a bias
-seq_len=0                           | V | seq_len | at least 1, got 0
-seq_len=-5                          | V | seq_len | at least 1, got -5
-seq_len=8.0                         | V | seq_len | a Python int | got 8.0
-seq_len=n()                         | V | seq_len | a Python int | got tensor
+seq_len=0                           | V | seq_len | an int in [1, 2147483648] | got 0
+seq_len=-5                          | V | seq_len | an int in [1, 2147483648] | got -5
+seq_len=8.0                         | T | seq_len | an int | got 8.0
+seq_len=n()                         | T | seq_len | an int | got tensor
 seq_len=True                        | T | seq_len | an int | got True
-seq_len=2**40                       | V | seq_len | an int in [0, 2147483648] | got 1099511627776
+seq_len=2**40                       | V | seq_len | an int in [1, 2147483648] | got 1099511627776
 spec=None                           | T | spec | a qkrope.Spec, got NoneType
 spec=dict()                         | T | spec | a qkrope.Spec, got dict
 spec=Norm()                         | T | spec | a qkrope.Spec, got Norm
@@ -200,7 +200,7 @@ q_weight="x"                  | T | q_weight | a tensor or None, got a str
 k_weight=2.5                  | T | k_weight | a tensor or None, got a float
 positions=None                | V | positions | int32 or int64 tensor, got None
 positions=n(4, dtype=I64)     | V | positions | broadcast to [3] of q | got shape [4]
-positions=(None, n(3, dtype=I64)) | V | positions[0] | int32 or int64 tensor, got None
+positions=(None, n(3, dtype=I64)) | T | positions | (q_positions, k_positions) | got None
 spec="x"                      | T | spec | a qkrope.Spec, got str
 q_bias=n(8)                   | V | q_bias | expected None
 out=(n(3, 2, 8), n(3, 2, 8))  | V | out[1] | shape [3, 1, 8] of k, got [3, 2, 8]

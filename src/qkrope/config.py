@@ -155,8 +155,10 @@ def _olmoe_norm(c: Config) -> Norm:
 
 
 def _rope(c: Config, family: _Family, layer: str, head_dim: int) -> Rope | None:
-    data = c.get("rope_scaling", None) or c.get("rope_parameters", None) or {}
-    fields = RopeFields(c, data)
+    old, new = c.get("rope_scaling", None) or {}, c.get("rope_parameters", None) or {}
+    if old and new and dict(old) != dict(new):
+        c.refuse("rope_scaling or rope_parameters, or both alike", "two that differ")
+    fields = RopeFields(c, old or new)
     theta = fields.get("rope_theta", c.get("rope_theta", None) or family.theta)
     partial = fields.get("partial_rotary_factor", c.get("partial_rotary_factor", None))
     if partial is None:

@@ -13,78 +13,23 @@ computed in float32 with one rounding at the end; the angle is exact at every po
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 
-from . import _native, angles, cpu
-from .scaling import DynamicNTK, LongRoPE, Scaling
+from . import cpu
+from .plan import Plan, bare_of, plan_of, refuse_no_spec
+from .prebuild import build_variant, warmup
+from .scaling import DynamicNTK
 from .spec import Spec
-from .variant import DTYPES, NORMS, PAIRINGS, Variant, unsupported
+
+__all__ = ["build_variant", "qk_norm_rope", "qk_norm_rope_", "qkv_norm_rope_", "warmup"]
 
 Tensor = torch.Tensor
 Positions = Tensor | tuple[Tensor | None, Tensor] | None
 _UNWRITTEN_WEIGHTS = 1  # nothing on the stream can have written them: no training step runs
-_lock = threading.Lock()
 _cuda: Any = None  # the CUDA backend's entry, once a call needs it
 _grad_enabled = torch.is_grad_enabled
-_by_value: dict[tuple[Spec, angles.Angles], Plan] = {}
-
-
-class Plan:
-    """A Spec with its angles resolved, and its native twin."""
-
-    __slots__ = ("handle", "spec")
-
-    def __init__(self, spec: Spec, resolved: angles.Angles) -> None:
-        reason = unsupported(spec)
-        if reason is not None:
-            raise ValueError(
-                f"spec: {reason} is not run by the cpu or cuda kernels of this release; "
-                "qkrope.reference runs every Spec"
-            )
-        q, k = spec.q_norm, spec.k_norm_resolved
-        words = angles.frac_words(resolved.inv_freq)
-        pairing = PAIRINGS.index(spec.rope.pairing) if spec.rope else 0
-        self.spec = spec
-        self.handle = _native.lib().plan_new(
-            spec.num_q_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            spec.rotary_dim,
-            pairing,
-            NORMS.index(q.kind),
-            NORMS.index(k.kind),
-            float(q.eps),
-            float(q.weight_offset),
-            float(k.eps),
-            float(k.weight_offset),
-            float(resolved.attention_factor),
-            words.buffer_info()[0],
-        )
-
-
-def _plan(spec: Spec, seq_len: int | None) -> Plan:
-    """The plan of a Spec: by value for equal Specs, and on the instance for its next plain call."""
-    _refuse_no_spec(spec)
-    if seq_len is None and spec._plan is not None:
-        return spec._plan
-    if seq_len is not None and (not isinstance(seq_len, int) or seq_len < 1):
-        raise ValueError(f"seq_len: expected a Python int of at least 1, got {seq_len!r}")
-    resolved = angles.resolve(spec, seq_len)
-    with _lock:
-        plan = _by_value.get((spec, resolved))
-        if plan is None:
-            plan = _by_value[spec, resolved] = Plan(spec, resolved)
-        if seq_len is None:
-            object.__setattr__(spec, "_plan", plan)
-    return plan
-
-
-def _refuse_no_spec(spec: Any) -> None:
-    if not isinstance(spec, Spec):
-        raise TypeError(f"spec: expected a qkrope.Spec, got {type(spec).__name__}")
 
 
 def _refuse_grad(in_place: bool, named: dict[str, Any]) -> None:
@@ -126,7 +71,7 @@ def _extras(
                 f"{name}: expected None, got a bias, which the cpu and cuda kernels of this "
                 "release do not add; qkrope.reference does"
             )
-    _refuse_no_spec(spec)
+    refuse_no_spec(spec)
     sources = {"cos_sin": cos_sin, "cos_sin_cache": cos_sin_cache, "inv_freq": inv_freq}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
@@ -175,18 +120,24 @@ def _prepare(
     k_positions = None
     if isinstance(positions, tuple | list):
         positions, k_positions = _pair("positions", positions)
-        if k_positions is None or (positions is None and q is not None):
+        alone = qkv is None and (q is None or k is None)  # the absent side's may be None
+        if (positions is None and q is not None) or (k_positions is None and k is not None):
+            alone = False
+        if not alone and (positions is None or k_positions is None):
             raise TypeError("positions: expected (q_positions, k_positions), got None among them")
-    if seq_len is None and known is not None and (known[0] is not None or known[2] is not None):
-        seq_len = 1 if isinstance(_scaling(spec), DynamicNTK | LongRoPE) else None  # tables rule
+        if k_positions is None:
+            k_positions = positions
+    rope = spec.rope if isinstance(spec, Spec) else None
+    if known is not None and rope is not None and rope.scaling is not None:
+        cos, _, cache, inv_freq = known[:4]
+        if cos is not None or cache is not None:
+            spec, seq_len = bare_of(spec), None  # the caller's table is the scaling
+        elif inv_freq is not None and isinstance(rope.scaling, DynamicNTK):
+            spec, seq_len = bare_of(spec), None  # it has no attention factor to keep
     operands = (flags, qkv, q, k, q_weight, k_weight, positions)
     if known is None and k_positions is None:
-        return _plan(spec, seq_len), operands
-    return _plan(spec, seq_len), (*operands, k_positions, *(known or (None,) * 6))
-
-
-def _scaling(spec: Spec) -> Scaling | None:
-    return spec.rope.scaling if isinstance(spec, Spec) and spec.rope else None
+        return plan_of(spec, seq_len), operands
+    return plan_of(spec, seq_len), (*operands, k_positions, *(known or (None,) * 6))
 
 
 def _run(is_cuda: bool, plan: Plan, *operands: Any) -> None:
@@ -253,11 +204,13 @@ def qk_norm_rope(
     ``cos_sin``. Values in [-2^31, 2^31): others raise on a CPU, and on CUDA, where nothing may wait
     for the device, they make the rotated channels of their token NaN.
     cos_sin: (cos, sin), broadcastable to ``[..., rotary_dim / 2]`` (one value a pair) or
-    ``[..., rotary_dim]`` (one a channel), float32 or the dtype of q, any attention factor inside.
+    ``[..., rotary_dim]`` (one a channel), the last dimension exactly; float32 or the dtype of q,
+    any attention factor inside.
     cos_sin_cache: ``[max_position, rotary_dim]`` = [cos | sin], rows by position, which must lie in
     the table (CPU: raises; CUDA: NaN as above, nothing out of bounds is read).
     inv_freq: ``[rotary_dim / 2]`` float32 or float64, radians a position, in place of the Spec's
-    theta and scaling; the Spec's attention factor stays. These three exclude each other.
+    theta and scaling, finite (CPU: raises; CUDA: NaN as above); the Spec's attention factor stays.
+    These three exclude each other.
     seq_len: the length that DynamicNTK and LongRoPE depend on, else the Spec's
     max_position_embeddings. q_bias, k_bias: refused by this release's kernels.
     out: (q_out, k_out), of q's and k's shape and dtype, separate from every input or the input
@@ -355,67 +308,3 @@ def qkv_norm_rope_(
         True, qkv, None, None, q_weight, k_weight, positions, spec, seq_len, extras
     )
     _run(first.is_cuda, plan, *operands)
-
-
-def dtype_name(name: str, dtype: torch.dtype) -> str:
-    """The params.h name of a torch dtype; TypeError for one that no kernel reads."""
-    text = str(dtype).removeprefix("torch.")
-    if text not in DTYPES:
-        raise TypeError(f"{name}: expected one of {', '.join(DTYPES)}, got {dtype}")
-    return text
-
-
-def build_variant(
-    spec: Spec, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype | None = None
-) -> None:
-    """Compile and load the kernel that computes its own angles, for whatever head counts."""
-    from .cuda import launch
-
-    launch.load(_variant(spec, dtype, weight_dtype, "phase"), _index(device))
-
-
-def warmup(
-    spec: Spec,
-    device: torch.device | str = "cuda",
-    dtype: torch.dtype = torch.bfloat16,
-    weight_dtype: torch.dtype | None = None,
-) -> None:
-    """Compile and load now everything that calls with ``spec`` and these dtypes will run.
-
-    Needed before a CUDA graph is captured. ``weight_dtype`` is that of q_weight and k_weight, by
-    default ``dtype``. On a CPU there is nothing to compile: the library is loaded and the Spec
-    checked. DynamicNTK and LongRoPE make one table for each length they resolve to: this call
-    makes that of ``max_position_embeddings``.
-    """
-    where = torch.device(device)
-    plan = _plan(spec, None)
-    dtype_name("dtype", dtype)
-    if weight_dtype is not None:
-        dtype_name("weight_dtype", weight_dtype)
-    if where.type == "cpu":
-        _native.lib().cpu_isa()
-    elif where.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device: got {where}, expected one that is here: no CUDA device is")
-        from .cuda import launch
-
-        for angle in ("phase", "inv_freq", "table") if spec.rotary_dim else ("none",):
-            variant = _variant(spec, dtype, weight_dtype, angle)
-            launch.build(plan, launch.slot_key(variant, _index(where)))
-    else:
-        raise ValueError(f"device: expected cpu or cuda, got {where}")
-
-
-def _variant(
-    spec: Spec, dtype: torch.dtype, weight_dtype: torch.dtype | None, angle: str
-) -> Variant:
-    reason = unsupported(spec)
-    if reason is not None:
-        raise ValueError(f"spec: {reason} is not run by the kernels of this release")
-    name = dtype_name("dtype", dtype)
-    weight = dtype_name("weight_dtype", weight_dtype) if weight_dtype is not None else name
-    return Variant.of(spec, name, weight, weight, angle)
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index

@@ -115,7 +115,9 @@ class Spec:
     rounding: str = "once"
     max_position_embeddings: int | None = None
 
-    _plan: ClassVar[Any] = None  # what ops keeps on an instance; no part of its value
+    # What calls keep on an instance (see qkrope.plan); no part of its value.
+    _plan: ClassVar[Any] = None
+    _bare: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__

@@ -54,8 +54,9 @@ def build(plan: Any, key: int) -> None:
     """Compile and load what a call of this key runs (see qk_slot_key in native/launcher.c)."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "qkrope: this call's kernel is not loaded and cannot be while a CUDA graph is being "
-            "captured; call qkrope.warmup(spec, device, dtype) before the capture"
+            "qkrope: this call's kernel or angle table is not loaded and cannot be while a CUDA "
+            "graph is being captured; call qkrope.warmup(spec, device, dtype) with the call's "
+            "dtypes and seq_len, or make the call once, before the capture"
         )
     dtype, q_weight, k_weight = (
         DTYPES[key >> at & mask] for at, mask in ((1, 7), (4, 15), (8, 15))

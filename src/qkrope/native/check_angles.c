@@ -159,5 +159,13 @@ int qk_check_inv_freq(const operands* o, const DLTensor* t, int rotary, qk_param
                     qk_shape_text(v.size, v.ndim, got, sizeof got));
   p->inv_freq = v.data;
   p->inv_freq_step = v.stride[0];
+  if (o->device_type != kDLCPU) return 0;  // CUDA: such a pair gives NaN, in the kernel
+  for (long long i = 0; i < v.size[0]; ++i) {
+    long long at = i * v.stride[0];
+    double f =
+        p->inv_freq_dtype == QK_F64 ? ((const double*)v.data)[at] : ((const float*)v.data)[at];
+    if (!(f - f == 0.0))
+      return qk_raise("ValueError", "inv_freq: expected finite values, got %g at %lld", f, i);
+  }
   return 0;
 }

@@ -143,15 +143,12 @@ __device__ __forceinline__ void run(const qk_launch& p) {
   else
     weigh(k_weight, side.weight_offset, factors);
   if (QK_ANGLE == QK_ANGLE_PHASE && !kEarlyFrac) read_frac(p.frac, first, frac);
-  if (QK_ANGLE == QK_ANGLE_INV_FREQ) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (first + i < kRotatedPairs) frac[i] = caller_frac(p, first + i);
-  }
+  unsigned bad_pairs = 0;
+  if (QK_ANGLE == QK_ANGLE_INV_FREQ) bad_pairs = read_inv_freq(p, first, frac);
   if (QK_ANGLE == QK_ANGLE_TABLE)
     turn_by_table(p, at, position, bad, first, factors);
   else if (QK_ANGLE != QK_ANGLE_NONE)
-    turn_by_phase(p, position, bad, first, frac, factors);
+    turn_by_phase(p, position, bad, first, frac, bad_pairs, factors);
 
   // 5. Finish: statistics of all heads, then normalise, rotate and store one after the other. No
   // store begins before every load is back: heads may share a cache line.
@@ -169,8 +166,8 @@ __device__ __forceinline__ void run(const qk_launch& p) {
 
 // Blocks an SM that ptxas must leave registers for: 9 are 56 registers, 7 are 72. Measured on
 // sm_90; elsewhere the layouts are held to what spills nowhere.
-[[maybe_unused]] constexpr bool kPlain =
-    kUnits == 1 && kPowerOfTwo && !kPartly && QK_Q_NORM == QK_K_NORM;
+[[maybe_unused]] constexpr bool kPlain = kUnits == 1 && kPowerOfTwo && !kPartly &&
+                                         QK_Q_NORM == QK_K_NORM && QK_ANGLE != QK_ANGLE_INV_FREQ;
 [[maybe_unused]] constexpr int kMinBlocks =
 #if __CUDA_ARCH__ == 900
     QK_DTYPE == QK_F32 || kUnits > 2    ? 1

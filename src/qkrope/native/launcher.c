@@ -39,6 +39,7 @@ static struct {
   CUresult (*KernelGetFunction)(void**, void*);
   CUresult (*MemAlloc_v2)(uintptr_t*, size_t);
   CUresult (*MemcpyHtoD_v2)(uintptr_t, const void*, size_t);
+  CUresult (*StreamSynchronize)(void*);
   CUresult (*LaunchKernelEx)(const launch_config*, void*, void**, void**);
   int ready;
 } cu;
@@ -64,6 +65,7 @@ static int driver(void) {
   FIND(KernelGetFunction)
   FIND(MemAlloc_v2)
   FIND(MemcpyHtoD_v2)
+  FIND(StreamSynchronize)
   FIND(LaunchKernelEx)
 #undef FIND
   cu.ready = 1;
@@ -155,6 +157,7 @@ static int upload_frac(const qk_plan* plan, qk_slot* slot) {
   if (!plan->num_frac) return 0;
   TRY(MemAlloc_v2(&table, plan->num_frac * sizeof(qk_frac)));
   TRY(MemcpyHtoD_v2(table, plan->frac, plan->num_frac * sizeof(qk_frac)));
+  TRY(StreamSynchronize(0));  // a copy from pageable memory may return before it has landed
   slot->frac = (const qk_frac*)table;
   return 0;
 }

@@ -21,6 +21,8 @@ QK_FN float mul(float a, float b) { return __fmul_rn(a, b); }
 QK_FN float add(float a, float b) { return __fadd_rn(a, b); }
 QK_FN float neg(float a) { return -a; }
 QK_FN double dfma(double a, double b, double c) { return __fma_rn(a, b, c); }
+QK_FN double dmul(double a, double b) { return __dmul_rn(a, b); }
+QK_FN double dadd(double a, double b) { return __dadd_rn(a, b); }
 QK_FN double nearest(double x) { return rint(x); }
 QK_FN float int_to_float(int x) { return __int2float_rn(x); }
 QK_FN int mul_high(int a, int b) { return __mulhi(a, b); }
@@ -30,6 +32,8 @@ QK_FN float mul(float a, float b) { return a * b; }
 QK_FN float add(float a, float b) { return a + b; }
 QK_FN float neg(float a) { return -a; }
 QK_FN double dfma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+QK_FN double dmul(double a, double b) { return a * b; }
+QK_FN double dadd(double a, double b) { return a + b; }
 QK_FN double nearest(double x) { return __builtin_rint(x); }
 QK_FN float int_to_float(int x) { return (float)x; }
 QK_FN int mul_high(int a, int b) { return (int)(((long long)a * b) >> 32); }
@@ -49,16 +53,22 @@ QK_FN I phase(I position, I lo, I hi) {
 }
 
 // A caller's frequency (radians a position) as a 64-bit fraction of a turn. The product with 1/2pi
-// is a double-double, so the result is within 2^-64 turn or one rounding of a double's 106 bits.
+// is a double-double, reduced to half a turn before the fixed point is cut: within 2^-64 turn while
+// |inv_freq| < 2^40. A frequency must be finite.
 QK_FN void frac_of_inv_freq(double inv_freq, int& lo, int& hi) {
   const double inv_2pi = 0.15915494309189535, inv_2pi_low = -9.839338337591243e-18;
-  double t = inv_freq * inv_2pi;
+  const double two32 = 4294967296.0;
+  double t = dmul(inv_freq, inv_2pi);
   double e = dfma(inv_freq, inv_2pi_low, dfma(inv_freq, inv_2pi, -t));
-  t -= nearest(t);  // whole turns do not matter; |t| <= 1/2 is exact
-  double word = nearest(t * 4294967296.0);
-  double rest = dfma(t, 4294967296.0, -word) + e * 4294967296.0;  // |rest| <= 1/2 (+ e)
-  double low = nearest(rest * 4294967296.0);
-  if (low >= 2147483648.0) low -= 4294967296.0, word += 1.0;
+  t = dadd(t, -nearest(t));  // whole turns do not matter
+  e = dadd(e, -nearest(e));
+  double sum = dadd(t, e), moved = dadd(sum, -t);
+  double rest = dadd(dadd(t, -dadd(sum, -moved)), dadd(e, -moved));
+  sum = dadd(sum, -nearest(sum));
+  double word = nearest(dmul(sum, two32));
+  double low = nearest(dmul(dadd(dfma(sum, two32, -word), dmul(rest, two32)), two32));
+  if (low >= 2147483648.0) low -= two32, word += 1.0;
+  if (low < -2147483648.0) low += two32, word -= 1.0;
   lo = (int)low;
   hi = (int)(unsigned)(long long)word;
 }

@@ -38,12 +38,21 @@ __device__ __forceinline__ void read_frac(const qk_frac* table, int first,
   }
 }
 
-__device__ __forceinline__ qk_frac caller_frac(const qk_launch& p, int j) {
-  double f = p.inv_freq_dtype == QK_F64 ? ((const double*)p.inv_freq)[j * p.inv_freq_step]
-                                        : (double)((const float*)p.inv_freq)[j * p.inv_freq_step];
-  qk_frac frac;
-  qk::frac_of_inv_freq(f, frac.lo, frac.hi);
-  return frac;
+// A caller's frequencies, read after the wait. Returns a bit for each pair whose frequency is not
+// finite; its channels become NaN.
+__device__ __forceinline__ unsigned read_inv_freq(const qk_launch& p, int first,
+                                                  qk_frac (&frac)[kCount]) {
+  unsigned bad = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (first + i >= kRotatedPairs) continue;
+    const long long at = (first + i) * p.inv_freq_step;
+    const double f = p.inv_freq_dtype == QK_F64 ? ((const double*)p.inv_freq)[at]
+                                                : (double)((const float*)p.inv_freq)[at];
+    if (!(f - f == 0.0)) bad |= 1u << i;
+    qk::frac_of_inv_freq(f, frac[i].lo, frac[i].hi);
+  }
+  return bad;
 }
 
 // Byte offsets of a token, from its index in the coalesced leading dimensions.
@@ -119,14 +128,15 @@ __device__ __forceinline__ void turn_by_table(const qk_launch& p, const Token& a
 }
 
 __device__ __forceinline__ void turn_by_phase(const qk_launch& p, int position, bool bad, int first,
-                                              const qk_frac (&frac)[kCount], Factors& f) {
-  const float factor = bad ? QK_NAN : p.attention_factor;
+                                              const qk_frac (&frac)[kCount], unsigned bad_pairs,
+                                              Factors& f) {
   if (kWholeLanes && first >= kRotatedPairs) return;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     if (!kWholeLanes && first + i >= kRotatedPairs) continue;
     float s, c;
     sincos_of_phase(qk::phase(position, frac[i].lo, frac[i].hi), s, c);
+    const float factor = bad || (bad_pairs >> i & 1) ? QK_NAN : p.attention_factor;
     if (factor != 1.0f) s = qk::mul(s, factor), c = qk::mul(c, factor);
     turn(i, c, s, c, s, f);
   }
