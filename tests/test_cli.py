@@ -331,3 +331,9 @@ def test_cache_path(run_json: Callable[..., Any], capsys: Capture, tmp_path: Pat
     assert main(["cache", "path"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_json_names_wrong_usage_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--json", "--nope"]) == 2
+    caught = capsys.readouterr()
+    assert json.loads(caught.out)["exit_code"] == 2 and "--nope" in caught.err

@@ -33,10 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed the help or the error
-        return stop.code if isinstance(stop.code, int) else USAGE
+        code = stop.code if isinstance(stop.code, int) else USAGE
+        if code and "--json" in (sys.argv[1:] if argv is None else argv):
+            Output(True).result({"error": "wrong usage, named on stderr", "exit_code": code})
+        return code
     out = Output(args.json)
     try:
-        code: int = args.run(args, out)
+        code = args.run(args, out)
     except (UsageError, ValueError, TypeError) as error:
         return _fail(out, args.command, str(error), USAGE)
     except KeyboardInterrupt:

@@ -38,8 +38,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--angles",
         action="append",
-        choices=("phase", "table"),
-        help="from positions, or from the caller's cos and sin; repeatable; default phase",
+        choices=("phase", "inv_freq", "table"),
+        help="from positions and the Spec, from positions and the caller's inv_freq, or from the "
+        "caller's cos and sin; repeatable; default phase",
     )
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
     add_spec_flags(parser)

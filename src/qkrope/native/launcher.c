@@ -24,7 +24,7 @@ typedef struct {
   launch_attribute* attributes;
   unsigned num_attributes;
 } launch_config;
-enum { PROGRAMMATIC_STREAM_SERIALIZATION = 6, MULTIPROCESSOR_COUNT = 16 };
+enum { PROGRAMMATIC_STREAM_SERIALIZATION = 6, MULTIPROCESSOR_COUNT = 16, NOT_FOUND = 500 };
 
 static struct {
   CUresult (*GetErrorName)(CUresult, const char**);
@@ -89,9 +89,11 @@ static int enter(int device, int* pushed) {
   int current = -1;
   *pushed = 0;
   if (cu.CtxGetDevice(&current) == 0 && current == device) return 0;
-  void* context;
-  TRY(DevicePrimaryCtxRetain(&context, device));
-  TRY(CtxPushCurrent_v2(context));
+  static void* retained[64];  // once a device, for the life of the process
+  if (device < 0 || device >= 64)
+    return qk_raise("ValueError", "device: got cuda:%d, expected one below cuda:64", device);
+  if (!retained[device]) TRY(DevicePrimaryCtxRetain(&retained[device], device));
+  TRY(CtxPushCurrent_v2(retained[device]));
   *pushed = 1;
   return 0;
 }
@@ -101,8 +103,7 @@ static void leave(int pushed) {
   if (pushed) cu.CtxPopCurrent_v2(&context);
 }
 
-// ---- kernels of a plan
-// ---------------------------------------------------------------------------
+// ---- kernels of a plan -------------------------------------------------------------------------
 
 // Everything a cubin was compiled for that the plan does not fix, and the device it is loaded on.
 // A weight that is not given fits any kernel; a key names it as if it had the activations' dtype.
@@ -132,8 +133,9 @@ static int load_kernels(qk_kernels* kernels, int device, const void* cubin) {
   TRY(DeviceGetAttribute(&kernels->num_sms, MULTIPROCESSOR_COUNT, device));
   TRY(LibraryLoadData(&library, cubin, 0, 0, 0, 0, 0, 0));
   for (int i = 0; i < 2; ++i) {
-    if (cu.LibraryGetKernel(&kernel, library, names[i]))
-      continue;  // a variant without vector loads
+    CUresult code = cu.LibraryGetKernel(&kernel, library, names[i]);
+    if (code == NOT_FOUND) continue;  // a variant without vector loads
+    if (failed(code, "cuLibraryGetKernel")) return -1;
     TRY(KernelGetFunction(&kernels->function[i], kernel));
   }
   if (!kernels->function[1]) return qk_raise("RuntimeError", "cuda_load: a cubin that is not ours");
