@@ -53,7 +53,7 @@ typedef struct {
   const qk_frac* frac;  // [rotary_dim / 2]
   const void* inv_freq;
   long long inv_freq_step;
-  int inv_freq_dtype;      // QK_F32 | QK_F64 | QK_BF16 | QK_F16
+  int inv_freq_dtype;      // QK_F32 | QK_F64
   float attention_factor;  // multiplies the rotated channels; 1 with a table
   // QK_ANGLE_TABLE: entry i of a row is cos[row + i * cos_step].
   int table_dtype;
