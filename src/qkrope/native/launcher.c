@@ -196,6 +196,15 @@ int qk_passes(int heads, int most, long long warps, int num_sms) {
   return (heads + slots - 1) / slots;  // as even as it goes
 }
 
+// Warps a block. A grid that fits the device goes out in as many blocks as there are
+// multiprocessors, or a multiple, so that each gets the same share; a large one in blocks of four.
+int qk_block_warps(int most, long long warps, int num_sms) {
+  const long long room = (long long)most * num_sms;
+  const long long each = (warps + room - 1) / room;  // blocks a multiprocessor
+  if (each > 3) return 4;
+  return (int)((warps + each * num_sms - 1) / (each * num_sms));
+}
+
 static long long mix(long long bits, const qk_launch_side* s, const qk_launch* p, int side) {
   if (!s->heads) return bits;
   bits |= (long long)(uintptr_t)s->x | (long long)(uintptr_t)s->y;
@@ -303,22 +312,24 @@ static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* par
     slots += (heads + each * heads_a_slot - 1) / (each * heads_a_slot);
     if (!i) p.q_slots = slots;
   }
+  p.slots = slots;
+  while (1u << p.slots_shift < p.slots) ++p.slots_shift;
+  p.slots_reciprocal = (unsigned)(((1ULL << (31 + p.slots_shift)) + p.slots - 1) / p.slots);
   unsigned tokens_a_warp = p.groups_on_tokens ? groups : 1;
-  unsigned warps = (p.tokens + tokens_a_warp - 1) / tokens_a_warp;
-  const long long all = (long long)warps * slots;
-  // A small grid in small blocks: they spread evenly beside what the kernel before left resident.
-  unsigned block = all > 24LL * num_sms ? QK_BLOCK_WARPS : 1;
-  if (forced_warps) block = forced_warps;
-  unsigned blocks = (warps + block - 1) / block;
+  const long long warps = (long long)((p.tokens + tokens_a_warp - 1) / tokens_a_warp) * slots;
+  if (warps > INT32_MAX)
+    return qk_raise("ValueError", "q, k: got %lld warps of heads, expected at most 2^31 - 1",
+                    warps);
+  const int block =
+      forced_warps ? forced_warps : qk_block_warps(QK_BLOCK_WARPS(v->head_dim), warps, num_sms);
   launch_attribute attribute;
   memset(&attribute, 0, sizeof attribute);
   attribute.id = PROGRAMMATIC_STREAM_SERIALIZATION;
   attribute.value.flag = 1;
   launch_config config;
   memset(&config, 0, sizeof config);
-  config.grid[0] = slots;
-  config.grid[2] = (blocks + 65534) / 65535;
-  config.grid[1] = (blocks + config.grid[2] - 1) / config.grid[2];
+  config.grid[0] = (unsigned)((warps + block - 1) / block);
+  config.grid[1] = config.grid[2] = 1;
   config.block[0] = 32;
   config.block[1] = block;
   config.block[2] = 1;

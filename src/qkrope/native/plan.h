@@ -66,6 +66,7 @@ qk_kernels* qk_cuda_load(int device, const void* cubin);
 int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
 void qk_force_grid(int passes, int warps, int on_tokens);
 int qk_passes(int heads, int most, long long warps, int num_sms);
+int qk_block_warps(int most, long long warps, int num_sms);
 
 // view.c
 int qk_raise(const char* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));

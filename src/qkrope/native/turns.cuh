@@ -127,7 +127,7 @@ __device__ __forceinline__ void turn_by_table(const qk_launch& p, const Token& a
   }
 }
 
-__device__ __forceinline__ void turn_by_phase(const qk_launch& p, int position, bool bad, int first,
+__device__ __forceinline__ void turn_by_phase(int position, float factor, int first,
                                               const qk_frac (&frac)[kCount], unsigned bad_pairs,
                                               Factors& f) {
   if (kWholeLanes && first >= kRotatedPairs) return;
@@ -136,8 +136,8 @@ __device__ __forceinline__ void turn_by_phase(const qk_launch& p, int position, 
     if (!kWholeLanes && first + i >= kRotatedPairs) continue;
     float s, c;
     sincos_of_phase(qk::phase(position, frac[i].lo, frac[i].hi), s, c);
-    const float factor = bad || (bad_pairs >> i & 1) ? QK_NAN : p.attention_factor;
-    if (factor != 1.0f) s = qk::mul(s, factor), c = qk::mul(c, factor);
+    if (bad_pairs >> i & 1) s = c = QK_NAN;
+    if (!kScaled && factor != 1.0f) s = qk::mul(s, factor), c = qk::mul(c, factor);
     turn(i, c, s, c, s, f);
   }
 }
