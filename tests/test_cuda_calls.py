@@ -262,7 +262,7 @@ def force() -> Iterator[Callable[..., Any]]:
     """The launcher's grid rule, overridden for a test."""
     function = _native.lib().force_grid
     yield function
-    function(0, 0, -1)
+    function(0, 0)
 
 
 def test_a_launch_that_the_driver_refuses(cuda: str, force: Callable[..., Any]) -> None:
@@ -270,10 +270,10 @@ def test_a_launch_that_the_driver_refuses(cuda: str, force: Callable[..., Any]) 
     call = Recipe(spec_of(), lead=(500,)).make(cuda)
     expected = qkrope.qk_norm_rope(*call.args())
     before = bits(call.q).clone()
-    force(0, 64, -1)
+    force(0, 64)
     with pytest.raises(RuntimeError, match="cuLaunchKernelEx.* failed: CUDA_ERROR_INVALID_VALUE"):
         qkrope.qk_norm_rope_(*call.args())
-    force(0, 0, -1)
+    force(0, 0)
     torch.cuda.synchronize()
     assert torch.equal(bits(call.q), before)
     for y, want in zip(qkrope.qk_norm_rope(*call.args()), expected, strict=True):

@@ -46,10 +46,17 @@ __device__ __forceinline__ void settle(const char*& pointer) {
   __builtin_assume(__isGlobal(pointer));  // or its loads would be generic ones
 }
 
+template <int kRows>
+constexpr bool kOnTokens = QK_ON_TOKENS(kHeadDim, kRows);
+// Both groups of a warp are on one token, and may share the work of its angles.
+template <int kRows>
+constexpr bool kShared = !kOnTokens<kRows> && kGroups == 2 && kCount == 4 && kWholeLanes &&
+                         QK_ANGLE == QK_ANGLE_PHASE && QK_DTYPE != QK_F32;
+
 // What a group of lanes knows before it may read what earlier kernels wrote.
 struct Work {
-  int is_k, first, rank, base;  // base: lane 0 of the group
-  int count;                    // heads to serve, 0 for a group that has none
+  int is_k, first, rank, group, base;  // base: lane 0 of the group
+  int count;                           // heads to serve, 0 for a group that has none
   const char* x;
   char* y;
   Token at;
@@ -73,6 +80,27 @@ __device__ __forceinline__ void read_weights(const qk_launch_side& side, Work& w
     read_weight<QK_Q_WEIGHT, kBytes>(side.weight, side.weight_offset, work);
   else
     read_weight<QK_K_WEIGHT, kBytes>(side.weight, side.weight_offset, work);
+}
+
+// turn_by_phase where both groups of a warp are on one token: each takes two of a lane's four pairs
+// (work.frac[0] and [1] are theirs) and tells the other.
+__device__ __forceinline__ void turn_together(int position, float factor, const Work& work,
+                                              Factors& f) {
+  const int other = work.group ? work.base - kLanes + work.rank : kLanes + work.rank;
+  float s[2], c[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    sincos_of_phase(qk::phase(position, work.frac[i].lo, work.frac[i].hi), s[i], c[i]);
+    if (!kScaled && factor != 1.0f) s[i] = qk::mul(s[i], factor), c[i] = qk::mul(c[i], factor);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float so = __shfl_sync(kAllLanes, s[i], other), co = __shfl_sync(kAllLanes, c[i], other);
+    if (kPartly && work.first >= kRotatedPairs) continue;
+    const bool second = work.group;
+    turn(i, second ? co : c[i], second ? so : s[i], second ? co : c[i], second ? so : s[i], f);
+    turn(i + 2, second ? c[i] : co, second ? s[i] : so, second ? c[i] : co, second ? s[i] : so, f);
+  }
 }
 
 template <int kBytes, int kRows>
@@ -107,29 +135,34 @@ __device__ __forceinline__ void serve(const qk_launch& p, Work& work) {
   const bool bad = p.pos_wide && high_word != position >> 31;
   const float factor = bad ? QK_NAN : p.attention_factor;
   Factors& f = work.factors;
-  if (QK_ANGLE == QK_ANGLE_PHASE && !kEarlyFrac) read_frac(p.frac, first, work.frac);
+  if (QK_ANGLE == QK_ANGLE_PHASE && !kEarlyFrac) read_frac<kCount>(p.frac, first, work.frac);
   unsigned bad_pairs = 0;
   if (QK_ANGLE == QK_ANGLE_INV_FREQ) bad_pairs = read_inv_freq(p, first, work.frac);
   if (QK_ANGLE == QK_ANGLE_TABLE)
     turn_by_table(p, work.at, position, bad, first, f);
+  else if (kShared<kRows>)
+    turn_together(position, kScaled ? 1.0f : factor, work, f);
   else if (QK_ANGLE != QK_ANGLE_NONE)
     turn_by_phase(position, kScaled ? 1.0f : factor, first, work.frac, bad_pairs, f);
 
   // 5. Finish. The rotation needs no statistic, so it fills the time in which lanes exchange sums.
   // No store begins before every load is back: heads may share a cache line.
+  auto turn = [&](const Row& row, int j, float& ya, float& yb) {
+    // A channel that is not rotated must not see its company, which may be NaN.
+    const float a = row.a(j), b = row.b(j);
+    const bool turns = rotated(first, j);
+    float unused;
+    qk::rotate(a, turns ? b : 0.0f, f.aa[j], f.ab[j], 0.0f, 0.0f, ya, unused);
+    qk::rotate(turns ? a : 0.0f, b, 0.0f, 0.0f, f.bb[j], f.ba[j], unused, yb);
+  };
+  constexpr bool kTurnFirst = true;  // else it would hold too many registers
   float scale[kRows], ya[kRows][kCount], yb[kRows][kCount];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     scale[i] = rows[i].sum_of_squares();
+    if (kTurnFirst)
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      // A channel that is not rotated must not see its company, which may be NaN.
-      const float a = rows[i].a(j), b = rows[i].b(j);
-      const bool turns = rotated(first, j);
-      float unused;
-      qk::rotate(a, turns ? b : 0.0f, f.aa[j], f.ab[j], 0.0f, 0.0f, ya[i][j], unused);
-      qk::rotate(turns ? a : 0.0f, b, 0.0f, 0.0f, f.bb[j], f.ba[j], unused, yb[i][j]);
-    }
+      for (int j = 0; j < kCount; ++j) turn(rows[i], j, ya[i][j], yb[i][j]);
   }
   if (kNormed) {
     const bool normed = work.is_k ? QK_K_NORM == QK_NORM_RMS : QK_Q_NORM == QK_NORM_RMS;
@@ -145,6 +178,7 @@ __device__ __forceinline__ void serve(const qk_launch& p, Work& work) {
     float held_a = 0.0f, held_b = 0.0f;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
+      if (!kTurnFirst) turn(rows[i], j, ya[i][j], yb[i][j]);
       const float by = kNormed ? scale[i] : 1.0f;
       rows[i].set(j, qk::mul(ya[i][j], by), qk::mul(yb[i][j], by), held_a, held_b);
     }
@@ -152,7 +186,7 @@ __device__ __forceinline__ void serve(const qk_launch& p, Work& work) {
   }
 }
 
-template <int kBytes>
+template <int kBytes, int kRows>
 __device__ __forceinline__ void run(const qk_launch& p) {
   release_next();
 
@@ -160,38 +194,35 @@ __device__ __forceinline__ void run(const qk_launch& p) {
   Work work;
   const int group = threadIdx.x / kLanes;
   work.rank = threadIdx.x % kLanes, work.first = work.rank * kCount, work.base = group * kLanes;
-  const unsigned warp = blockIdx.x * blockDim.y + threadIdx.y;
-  const unsigned turn = __umulhi(2 * warp, p.slots_reciprocal) >> p.slots_shift;  // warp / slots
-  unsigned token = turn * (p.groups_on_tokens ? kGroups : 1);
-  if (token >= p.tokens) return;  // the whole warp
-  int slot = warp - turn * p.slots;
-  work.is_k = slot >= p.q_slots;
+  work.group = group;
+  work.is_k = (int)blockIdx.x >= p.q_slots;
   const qk_launch_side& side = p.side[work.is_k];
-  if (work.is_k) slot -= p.q_slots;
-  if (p.groups_on_tokens)
+  unsigned token = (blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
+  if (kOnTokens<kRows>) token *= kGroups;
+  if (token >= p.tokens) return;  // the whole warp
+  int slot = blockIdx.x - (work.is_k ? p.q_slots : 0);
+  if (kOnTokens<kRows>)
     token += group;
   else
     slot = slot * kGroups + group;
   const int head = slot * side.passes;
   work.count = group < kGroups && token < p.tokens ? min(side.heads - head, side.passes) : 0;
-  work.at = locate(p, work.is_k, work.count > 0 ? token : 0);
+  work.at = locate(p, work.is_k, min(token, p.tokens - 1));
   const int place = Share<QK_DTYPE, kBytes>::place(work.first);
   work.x = side.x + work.at.x + head * side.x_head + place;
   work.y = side.y + work.at.y + head * side.y_head + place;
 
   // 2. What no earlier kernel on the stream can have written, before waiting for that kernel.
-  if (QK_ANGLE == QK_ANGLE_PHASE && kEarlyFrac) read_frac(p.frac, work.first, work.frac);
+  if (kShared<kRows>)
+    read_frac<2>(p.frac, work.first + (work.group ? 2 : 0), work.frac);
+  else if (QK_ANGLE == QK_ANGLE_PHASE && kEarlyFrac)
+    read_frac<kCount>(p.frac, work.first, work.frac);
   if (p.early_weights) {
     read_weights<kBytes>(side, work);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) settle(work.factors.aa[i]), settle(work.factors.bb[i]);
   }
-  if (side.passes == 1)
-    serve<kBytes, 1>(p, work);
-  else if (side.passes == 2 || kPasses == 2)
-    serve<kBytes, 2>(p, work);
-  else
-    serve<kBytes, kPasses>(p, work);
+  serve<kBytes, kRows>(p, work);
 }
 
 // A lane's runs are aligned and consecutive where both halves of the rotated part and of the rest
@@ -200,35 +231,31 @@ __device__ __forceinline__ void run(const qk_launch& p) {
     QK_UNITS(kHeadDim) % kUnits == 0 &&
     (kHalf ? kRotatedPairs % kCount == 0 && kPairs % kCount == 0 : kHeadDim % 8 == 0);
 
-// Registers a thread, measured on sm_90; elsewhere the layouts are held to what spills nowhere.
+// Registers a thread may have, so that the warps of this call and of the next fit beside each other
+// (docs/kernel.md); where a layout needs more than the plain one, what spills nowhere.
 [[maybe_unused]] constexpr bool kPlain = kUnits == 1 && kPowerOfTwo && !kPartly &&
-                                         QK_Q_NORM == QK_K_NORM && QK_ANGLE != QK_ANGLE_INV_FREQ;
-[[maybe_unused]] constexpr int kBlock = 32 * QK_BLOCK_WARPS(kHeadDim);
-[[maybe_unused]] constexpr int kMost = kBlock > 256 ? 65536 / kBlock / 8 * 8 : 255;
-[[maybe_unused]] constexpr int kRegisters =
-#if __CUDA_ARCH__ == 900
-    QK_DTYPE == QK_F32 || kUnits > 2    ? kMost
-    : kUnits == 2                       ? (kPartly ? 96 : 72)
-    : kPlain                            ? 56
-    : kLanes >= 24 && kHalf && !kPartly ? 64
-                                        : 72;
-#elif __CUDA_ARCH__ >= 800
-    QK_DTYPE == QK_F32 || kUnits > 1 ? kMost
-    : kPlain                         ? 56
-                                     : 72;
-#else
-    kMost;
-#endif
+                                         QK_DTYPE != QK_F32 && QK_Q_NORM == QK_K_NORM &&
+                                         QK_ANGLE != QK_ANGLE_INV_FREQ;
+template <int kRows>
+constexpr int kRegisters = kUnits > 2    ? 255
+                           : kUnits == 2 ? 96
+                           : !kPlain     ? (kRows == 4 && QK_ANGLE != QK_ANGLE_INV_FREQ ? 72 : 96)
+                           : kRows == 4  ? (__CUDA_ARCH__ == 900 ? 56 : 64)
+                                         : 32 + 8 * kRows;
 
 }  // namespace
 
-#define QK_KERNEL(name, bytes, registers)                                                       \
+#define QK_KERNEL(name, bytes, rows, registers)                                                 \
   extern "C" __global__ void __maxnreg__(registers) name(const __grid_constant__ qk_launch p) { \
-    run<bytes>(p);                                                                              \
+    run<bytes, rows>(p);                                                                        \
   }
 
 #if QK_VECTOR_BYTES
 static_assert(kRuns, "vector loads");
-QK_KERNEL(qkrope_vector, QK_VECTOR_BYTES, kRegisters)
+QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, kRegisters<1>)
+QK_KERNEL(qkrope_vector2, QK_VECTOR_BYTES, 2, kRegisters<2>)
+#if QK_PASSES(QK_HEAD_DIM) == 4
+QK_KERNEL(qkrope_vector4, QK_VECTOR_BYTES, 4, kRegisters<4>)
 #endif
-QK_KERNEL(qkrope_scalar, 0, kMost)
+#endif
+QK_KERNEL(qkrope_scalar, 0, kPasses, 255)

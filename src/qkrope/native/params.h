@@ -69,9 +69,8 @@ typedef struct {
 // ---- CUDA: the same call laid out for a launch, what every warp reads first and together
 // ----------
 
-// Strides are in bytes. Warps are numbered token by token, `slots` to a token (or to as many tokens
-// as a warp has groups); slots below q_slots serve q, the rest k. A group of lanes serves `passes`
-// heads of one token.
+// Strides are in bytes. Blocks below q_slots in x serve q, the rest k. A group of lanes serves
+// `passes` heads of one token.
 typedef struct {
   const char* x;
   char* y;
@@ -88,10 +87,6 @@ typedef struct {
   const qk_frac* frac;
   unsigned tokens;
   int q_slots;
-  unsigned slots, slots_reciprocal,
-      slots_shift;  // warp / slots = high(2 * warp * reciprocal) >> shift
-  // Groups of a warp side by side on tokens, or (few tokens) on the heads of one token.
-  int groups_on_tokens;
   float attention_factor;
   int pos_wide, early_weights;
   int ndim;  // 1: the token strides above are all there is
@@ -117,7 +112,8 @@ typedef struct {
 #define QK_GROUPS(head_dim) (32 / QK_LANES(head_dim))
 // Heads a group has in flight at once, and so the most it serves.
 #define QK_PASSES(head_dim) (QK_LANE_UNITS(head_dim) <= 1 ? 4 : 2)
-// At most; few where a lane holds much, so that a block has registers enough.
-#define QK_BLOCK_WARPS(head_dim) (QK_LANE_UNITS(head_dim) > 2 ? 4 : 12)
+// The groups of a warp are side by side on tokens, or (fewer rows) on the heads of one token.
+#define QK_ON_TOKENS(head_dim, rows) ((rows) == QK_PASSES(head_dim))
+#define QK_BLOCK_WARPS 8  // at most
 
 #endif

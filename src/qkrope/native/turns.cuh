@@ -25,10 +25,11 @@ __device__ __forceinline__ float table_value(const void* table, int type, long l
 }
 
 // The table is ours and aligned, so two entries make a 16-byte load.
+template <int kMany>
 __device__ __forceinline__ void read_frac(const qk_frac* table, int first,
                                           qk_frac (&frac)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; i += 2) {
+  for (int i = 0; i < kMany; i += 2) {
     if (first + i + 1 < kRotatedPairs) {
       const int4 two = *(const int4*)(table + first + i);
       frac[i].lo = two.x, frac[i].hi = two.y, frac[i + 1].lo = two.z, frac[i + 1].hi = two.w;
