@@ -1,7 +1,7 @@
 """The benchmark tables of the README, written from the records.
 
 `python -m qkrope.bench.tables README.md` replaces what stands between `<!-- bench:cpu -->` and
-`<!-- /bench:cpu -->` (and the same with cuda, and with bars) by a table of the newest records;
+`<!-- /bench:cpu -->` (and the same with cuda, peers and bars) by a table of the newest records;
 `--check` changes nothing and exits 1 if the file is out of date.
 """
 
@@ -58,7 +58,7 @@ def _table(group: Sequence[Record]) -> str:
         cells = [r.shape, r.heads, str(r.tokens), *([r.cache] if with_cache else [])]
         cells += [f"{r.us:.4g}", f"{r.gbps:.4g}", f"{100 / r.ratio:.0f}%" if r.ratio else "-"]
         cells += [_speedup(r, "eager"), *([_speedup(r, "compile")] if with_compile else [])]
-        ulp = "infinite" if r.worst_ulp is None else f"{r.worst_ulp:.3f}"
+        ulp = _ulp(r.worst_ulp)
         cells.append(ulp if r.passed else f"{ulp} (over the bound)")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _provenance(group), ""])
@@ -81,9 +81,45 @@ def _several(values: Iterable[str]) -> str:
     return " and ".join(dict.fromkeys(values))
 
 
+def _ulp(worst: float | None) -> str:
+    return "infinite" if worst is None else f"{worst:.3f}" if worst < 10 else f"{worst:.3g}"
+
+
 def _speedup(record: Record, name: str) -> str:
     result = record.baselines.get(name, {})
     return f"{result['speedup']:.1f}x" if "speedup" in result else "-"
+
+
+def render_peers(found: Sequence[Record]) -> str:
+    """Other libraries' kernels on CUDA: time over ours and worst error, then who refused what."""
+    rows = newest([r for r in found if r.device == "cuda" and _peers(r)])
+    if not rows:
+        return "No record yet.\n"
+    names = list(dict.fromkeys(name for r in rows for name in r.baselines))
+    head = ["model", "q/k/v heads", "tokens", "cache", "qkrope, us", *names]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    refused: dict[str, list[str]] = {}
+    for r in rows:
+        cells = [r.shape, r.heads, str(r.tokens), r.cache, f"{r.us:.4g}"]
+        for name in names:
+            result = r.baselines.get(name, {})
+            if "speedup" in result:
+                worst = result.get("worst_ulp")
+                error = "" if "worst_ulp" not in result else f" ({_ulp(worst)})"
+                cells.append(f"{result['speedup']:.2f}x{error}")
+                continue
+            cells.append("-")
+            if "error" in result:
+                refused.setdefault(f"{name}: {result['error']}", []).append(r.shape)
+        lines.append("| " + " | ".join(cells) + " |")
+    whys = [f"{why} ({_several(shapes)})" for why, shapes in refused.items()]
+    notes = [f"Not measured: {'; '.join(whys)}.", ""] if whys else []
+    return "\n".join([*lines, "", *notes, _provenance(rows), ""])
+
+
+def _peers(record: Record) -> bool:
+    """Whether other libraries were asked for, which no plain run does."""
+    return any("worst_ulp" in result for result in record.baselines.values())
 
 
 def render_bars(found: Sequence[dict[str, Any]]) -> str:
@@ -105,7 +141,7 @@ def render_bars(found: Sequence[dict[str, Any]]) -> str:
 
 def rewrite(text: str, found: Sequence[Record], bars: Sequence[dict[str, Any]] = ()) -> str:
     """The text with every marked table replaced; ValueError for a marker without its end."""
-    for kind in (*KINDS, "bars"):
+    for kind in (*KINDS, "peers", "bars"):
         start, end = f"<!-- bench:{kind} -->", f"<!-- /bench:{kind} -->"
         if start not in text and end not in text:
             continue
@@ -113,7 +149,10 @@ def rewrite(text: str, found: Sequence[Record], bars: Sequence[dict[str, Any]] =
         _, closing, after = rest.partition(end)
         if not closing:
             raise ValueError(f"{start}: expected {end} after it")
-        table = render_bars(bars) if kind == "bars" else render(found, kind)
+        if kind == "bars":
+            table = render_bars(bars)
+        else:
+            table = render_peers(found) if kind == "peers" else render(found, kind)
         text = f"{before}{start}\n{table}{end}{after}"
     return text
 
