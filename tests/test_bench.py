@@ -406,12 +406,27 @@ def test_a_marker_without_end_is_an_error() -> None:
 def test_plot_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra qkrope[bench] is not installed")
     path = tmp_path / "p.png"
-    hot = record(cache="hot", device="cuda", tokens=1024)
+    hot = record(cache="hot", device="cuda", device_name="a GPU", tokens=1024)
     cold = dataclasses.replace(hot, cache="cold", us=20.0, ratio=None, sweep_us=None)
-    plots.draw([record(), hot, cold], path)
+    plots.draw([hot, cold], path)
     assert path.read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="no records"):
-        plots.draw([], path)
+    for several in ([], [record(), hot]):
+        with pytest.raises(ValueError, match="plot: got records of [02] machines"):
+            plots.draw(several, path)
+    results = tmp_path / "r.jsonl"
+    records.append(results, [record(), hot])
+    other = tmp_path / "other.png"
+    assert plots.main([str(results), str(other)]) == 2 and not other.exists()
+    assert plots.main([str(results), str(other), "--where", "device=cuda"]) == 0
+    assert other.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_roof_passes_through_the_ends_and_the_medians() -> None:
+    sizes = {1000: 1.0, 4096: 1.0, 4100: 4.0, 4200: 3.0, 100000: 10.0}  # bytes: us
+    made = [record(bytes=size, sweep_us=us) for size, us in sizes.items()]
+    line = plots._line(made, "same", lambda r: r.sweep_us)
+    assert line == [(1000, 1.0), (4100, pytest.approx(4200 / 3e3)), (100000, pytest.approx(10.0))]
+    assert plots._line(made, "hot", lambda r: r.sweep_us) == []
 
 
 @pytest.mark.gpu

@@ -33,7 +33,7 @@ def cos_sin_cache(inputs: Inputs, dtype: torch.dtype, rows: int = MAX_POSITION) 
 def _counts(inputs: Inputs) -> tuple[int, int, int, int, float]:
     spec = inputs.shape.spec
     heads = (spec.num_q_heads, spec.num_kv_heads, inputs.shape.num_v_heads)
-    return *heads, spec.head_dim, spec.q_norm.eps
+    return *heads, spec.head_dim, float(spec.q_norm.eps)
 
 
 def _theta(op: Op, buffers: Sequence[Inputs]) -> list[Call]:
@@ -42,7 +42,7 @@ def _theta(op: Op, buffers: Sequence[Inputs]) -> list[Call]:
     rope = first.shape.spec.rope
     assert rope is not None  # `refusal` saw to it
     norm = (*_counts(first), first.q_weight, first.k_weight)
-    angles = (rope.theta, rope.pairing == "half", first.positions.int())
+    angles = (float(rope.theta), rope.pairing == "half", first.positions.int())
     plain = (1.0, 1.0, 1.0, 1.0, first.shape.spec.rotary_dim)
     return [op(b.qkv, *norm, *angles, *plain) for b in buffers]
 

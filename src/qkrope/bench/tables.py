@@ -58,7 +58,7 @@ def _table(group: Sequence[Record]) -> str:
         cells = [r.shape, r.heads, str(r.tokens), *([r.cache] if with_cache else [])]
         cells += [f"{r.us:.4g}", f"{r.gbps:.4g}", f"{100 / r.ratio:.0f}%" if r.ratio else "-"]
         cells += [_speedup(r, "eager"), *([_speedup(r, "compile")] if with_compile else [])]
-        ulp = _ulp(r.worst_ulp)
+        ulp = "infinite" if r.worst_ulp is None else f"{r.worst_ulp:.3f}"
         cells.append(ulp if r.passed else f"{ulp} (over the bound)")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _provenance(group), ""])
@@ -81,10 +81,6 @@ def _several(values: Iterable[str]) -> str:
     return " and ".join(dict.fromkeys(values))
 
 
-def _ulp(worst: float | None) -> str:
-    return "infinite" if worst is None else f"{worst:.3f}" if worst < 10 else f"{worst:.3g}"
-
-
 def _speedup(record: Record, name: str) -> str:
     result = record.baselines.get(name, {})
     return f"{result['speedup']:.1f}x" if "speedup" in result else "-"
@@ -104,17 +100,22 @@ def render_peers(found: Sequence[Record]) -> str:
         for name in names:
             result = r.baselines.get(name, {})
             if "speedup" in result:
-                worst = result.get("worst_ulp")
-                error = "" if "worst_ulp" not in result else f" ({_ulp(worst)})"
-                cells.append(f"{result['speedup']:.2f}x{error}")
+                error = "not checked"
+                if "worst_ulp" in result:
+                    worst = result["worst_ulp"]
+                    error = "infinite" if worst is None else f"{worst:.3g}"
+                cells.append(f"{result['speedup']:.2f}x ({error})")
                 continue
             cells.append("-")
             if "error" in result:
                 refused.setdefault(f"{name}: {result['error']}", []).append(r.shape)
         lines.append("| " + " | ".join(cells) + " |")
-    whys = [f"{why} ({_several(shapes)})" for why, shapes in refused.items()]
-    notes = [f"Not measured: {'; '.join(whys)}.", ""] if whys else []
-    return "\n".join([*lines, "", *notes, _provenance(rows), ""])
+    every = {r.shape for r in rows}
+    notes = ["Time over ours; in brackets the worst error in ulps of the rotated pair."]
+    for why, shapes in refused.items():
+        which = "" if set(shapes) == every else f" ({', '.join(dict.fromkeys(shapes))})"
+        notes.append(f"{why}{which}.")
+    return "\n".join([*lines, "", " ".join(notes), "", _provenance(rows), ""])
 
 
 def _peers(record: Record) -> bool:
