@@ -78,17 +78,16 @@ def run(plan: Plan, note: Callable[[str], None] = lambda text: None) -> Iterator
             inputs = make_inputs(shape, tokens, plan.dtype, plan.device)
             if case not in checked:
                 checked[case] = check(inputs, plan.oracle_rows)
-                others[case] = check_baselines(plan, *case) if plan.check_baselines else {}
+                others[case] = dict(check_baselines(plan, *case) if plan.check_baselines else ())
             record = _measure(plan, inputs, cache, others[case], *checked[case], facts, note)
         yield record
 
 
-def check_baselines(plan: Plan, shape: Shape, tokens: int) -> dict[str, dict[str, Any]]:
+def check_baselines(plan: Plan, shape: Shape, tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each baseline and peer once, on inputs of its own: its worst error, or why there is none.
 
     A failure is its own alone: the others go on.
     """
-    found: dict[str, dict[str, Any]] = {}
     builders = plan.builders(shape)
     forget_compiled(builders)
     for name, build in builders.items():
@@ -97,13 +96,10 @@ def check_baselines(plan: Plan, shape: Shape, tokens: int) -> dict[str, dict[str
             (run,) = build([inputs])
             errors, _ = check(inputs, plan.oracle_rows, run)
         except Exception as error:
-            found[name] = {"error": reason(error)}
+            found: dict[str, Any] = {"error": reason(error)}
         else:
-            found[name] = {
-                "worst_error": finite(errors.worst),
-                "worst_ulp": finite(errors.pair_ulp),
-            }
-    return found
+            found = {"worst_error": finite(errors.worst), "worst_ulp": finite(errors.pair_ulp)}
+        yield name, found
 
 
 def reason(error: Exception) -> str:

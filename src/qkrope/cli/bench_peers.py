@@ -36,8 +36,9 @@ def dry_run(plan: Plan, out: Output) -> int:
 
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for shape in plan.shapes:
-        found[shape.name] = check_baselines(plan, shape, DRY_TOKENS)
-        for name, result in found[shape.name].items():
+        results = found.setdefault(shape.name, {})
+        for name, result in check_baselines(plan, shape, DRY_TOKENS):
+            results[name] = result
             out.text(f"{shape.name:20s} {name:18s} {describe(result)}")
     out.result(found)
     broken = [r for results in found.values() for r in results.values() if is_broken(r)]
