@@ -22,10 +22,8 @@ from qkrope.bench import (
     peers,
     runner,
     shapes,
-    tables,
 )
 from qkrope.cli import main
-from test_bench import record
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -338,7 +336,7 @@ def test_compiled_in_place_matches_eager() -> None:
             torch.testing.assert_close(a, b, rtol=64 * 2.0**-24, atol=64 * 2.0**-24)
 
 
-# ---- command line and table ---------------------------------------------------------------------
+# ---- command line -------------------------------------------------------------------------------
 
 
 def test_dry_run_prints_a_line_a_peer(
@@ -372,33 +370,3 @@ def test_peers_stand_in_a_table_of_their_own(
 def test_a_folder_that_is_not_there_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--device", "cpu", "--peers", "nowhere"]) == 2
     assert "--peers: nowhere is not a folder" in capsys.readouterr().err
-
-
-def test_the_peers_table() -> None:
-    assert tables.render_peers([record(device="cuda")]) == "No record yet.\n"  # none was checked
-    measured = {"us": 20.0, "speedup": 2.0, "repeats": 7, "worst_ulp": 18.34, "worst_error": 40.0}
-    broken = measured | {"worst_ulp": None}
-    first = record(
-        device="cuda",
-        device_name="a GPU",
-        cache="cold",
-        baselines={"sglang": measured, "vllm": broken, "liger": {"error": "not installed"}},
-    )
-    second = dataclasses.replace(
-        first,
-        shape="FLUX.1",
-        baselines={
-            "sglang": {"error": "no"},
-            "vllm": measured,
-            "liger": {"error": "not installed"},
-        },
-    )
-    later = dataclasses.replace(first, baselines={}, time="2027-01-01T00:00:00+00:00")
-    text = tables.render_peers([first, second, later])  # a later plain run does not hide it
-    assert (
-        "| Qwen3-0.6B | 16/8/8 x 128 | 64 | cold | 10 | 2.00x (18.3) | 2.00x (infinite) | - |"
-        in text
-    )
-    assert "liger: not installed." in text and "sglang: no (FLUX.1)." in text
-    marked = "<!-- bench:peers -->\nstale\n<!-- /bench:peers -->\n"
-    assert text in tables.rewrite(marked, [first, second, later])
