@@ -3,17 +3,18 @@
 # scikit-build-core, cuda-core and cuda-bindings. It needs no network: wheels that python3 lacks
 # (apache-tvm-ffi) are taken from the folder .whl, if there is one.
 #
-#   tools/gpu.sh [build] [test] [bench] [bars] [sanitize]      no argument: build test bench
+#   tools/gpu.sh [build] [test] [bench] [bars] [peers] [sanitize]     no argument: build test bench
 #
 # Environment: OUT (default build/out) receives the full logs; QKROPE_COMMIT names the commit in
-# bench records where there is no git checkout; PYTEST_ARGS, BENCH_ARGS are passed on.
+# bench records where there is no git checkout; PYTEST_ARGS, BENCH_ARGS, BARS_ARGS, PEERS_ARGS are
+# passed on; PEERS (default peers) is the folder that tools/fetch_peers.py filled.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 out=${OUT:-build/out}
 python=${GPU_PYTHON:-python3}
 mkdir -p "$out"
-rm -f "$out"/{build,test,bench,bars,sanitize}.log
+rm -f "$out"/{build,test,bench,bars,peers,sanitize}.log
 export QKROPE_COMMIT=${QKROPE_COMMIT:-$(git rev-parse --short=12 -q --verify HEAD 2>/dev/null || echo unknown)}
 export PYTHONUNBUFFERED=1
 summary=()
@@ -56,6 +57,16 @@ bars() {
   run bars bars.log "$python" -m qkrope.bench.bars --out "$out/bars.jsonl" ${BARS_ARGS:-}
 }
 
+# First each peer once on a tiny case; then the times, without torch.compile (seconds a case)
+# unless PEERS_ARGS says otherwise.
+peers() {
+  local folder=${PEERS:-peers}
+  run peers-dry peers.log "$python" -m qkrope bench --peers "$folder" --dry-run --baselines eager \
+    --shape Qwen3-8B --shape FLUX.1
+  run peers peers.log "$python" -m qkrope bench --peers "$folder" --out "$out/peers.jsonl" \
+    ${PEERS_ARGS:---baselines eager --shape Qwen3-8B --shape FLUX.1 --tokens 1,64,256,1024,4096,16384}
+}
+
 # Only our kernels are instrumented. Torch's caching allocator is off, so that each tensor is an
 # allocation of its own and a read past its end is seen. Memory that torch's own kernels wrote
 # counts as uninitialised under initcheck: -m sanitize tests copy their inputs from the host.
@@ -90,9 +101,10 @@ for step in "$@"; do
     test) tests ;;
     bench) bench ;;
     bars) bars ;;
+    peers) peers ;;
     sanitize) sanitize ;;
     *)
-      echo "unknown step '$step'; got '$*', expected build, test, bench, bars or sanitize" >&2
+      echo "unknown step '$step'; got '$*', expected build, test, bench, bars, peers or sanitize" >&2
       exit 2
       ;;
   esac
