@@ -75,10 +75,10 @@ static void* copy_of(const TVMFFIAny* address, size_t bytes) {
   return copy;
 }
 
-// plan_new(addresses of int32[8 + 3 * 7], float[13], qk_frac[rotary_dim / 2] and
+// plan_new(addresses of int32[10 + 3 * 7], float[13], qk_frac[rotary_dim / 2] and
 //          qk_pair[rotary_dim / 2]; what no CUDA kernel runs of the Spec, or "") -> plan
-// int32: nq, nk, head_dim, rotary_dim, pairing, rope_first, axes, general, then the qk_side_variant
-// of q, k and v. float: attention_factor, then the qk_norm_numbers of q, k and v.
+// int32: nq, nk, has_v, head_dim, rotary_dim, pairing, rope_first, reverse, axes, general, then the
+// qk_side_variant of q, k and v. float: attention_factor, then the qk_norm_numbers of q, k and v.
 FUNCTION(plan_new) {
   (void)self;
   if (n != 5) return qk_raise("TypeError", "plan_new: expected 5 arguments, got %d", n);
@@ -87,11 +87,11 @@ FUNCTION(plan_new) {
   const int* ints = (const int*)(uintptr_t)args[0].v_int64;
   const float* floats = (const float*)(uintptr_t)args[1].v_int64;
   qk_variant* v = &plan->variant;
-  int* to[] = {&plan->num_q_heads, &plan->num_kv_heads, &v->head_dim, &v->rotary_dim,
-               &v->pairing,        &v->rope_first,      &v->axes,     &v->general};
+  int* to[] = {&plan->num_q_heads, &plan->num_kv_heads, &plan->has_v, &v->head_dim, &v->rotary_dim,
+               &v->pairing,        &v->rope_first,      &v->reverse,  &v->axes,     &v->general};
   qk_side_variant* sides[] = {&v->q, &v->k, &v->v};
   qk_norm_numbers* numbers[] = {&plan->q, &plan->k, &plan->v};
-  for (int i = 0; i < 8; ++i) *to[i] = *ints++;
+  for (int i = 0; i < 10; ++i) *to[i] = *ints++;
   plan->attention_factor = *floats++;
   for (int i = 0; i < 3; ++i, ints += 7, floats += 4) {
     memcpy(sides[i], ints, sizeof *sides[i]);
@@ -118,7 +118,7 @@ static int run_cpu(qk_checked* checked) {
     if (!p->tokens) continue;
     if (p->inv_freq) {
       qk_fracs_of_inv_freq(p->inv_freq, p->inv_freq_dtype == QK_F64, p->inv_freq_step,
-                           checked->variant.rotary_dim / 2, fracs);
+                           checked->variant.reverse, checked->variant.rotary_dim / 2, fracs);
       p->frac = fracs;
     }
     if (qk_cpu_run(&checked->variant, p))
@@ -152,9 +152,10 @@ static int scale_arg(const char* name, const TVMFFIAny* arg, const DLTensor** ou
 FUNCTION(qk_norm_rope) {
   (void)self;
   static const char* names[] = {
-      "qkv",    "q",    "k",        "q_weight", "k_weight",      "positions", "positions[1]",
-      "cos",    "sin",  "cos_sin_cache", "inv_freq", "out[0]",   "out[1]",    "q_bias",
-      "k_bias", "k cos", "k sin",   "v",        "v_weight",      "out[2]"};
+      "qkv",          "q",      "k",      "q_weight",      "k_weight", "positions",
+      "positions[1]", "cos",    "sin",    "cos_sin_cache", "inv_freq", "out[0]",
+      "out[1]",       "q_bias", "k_bias", "k cos",         "k sin",    "v",
+      "v_weight",     "out[2]"};
   qk_call call;
   memset(&call, 0, sizeof call);
   const DLTensor** slots[] = {

@@ -42,6 +42,7 @@ class General {
   const qk_params& params_;
   Side sides_[kSides];
   Turn turn_;
+  bool turns_ = false;  // this token
   alignas(64) float rows_[2][kWidth];
   float *row_ = rows_[0], *other_ = rows_[1];  // the head, and where the next step puts it
 
@@ -70,12 +71,11 @@ class General {
     Cursor<kWalks> cursor(p, walks, begin);
     for (long long token = begin; token < end; token++, cursor.next()) {
       const long long index = token % p.last_size;
-      const bool turns = variant_.angle != QK_ANGLE_NONE && index >= p.rotate_from &&
-                         index < p.rotate_to;
-      if (turns && !p.table_heads) set_turn(cursor.at, 0);
+      turns_ = index >= p.rotate_from && index < p.rotate_to;
+      const bool any = sides_[kQ].turns || sides_[kK].turns;
+      if (any && turns_ && !p.table_heads) set_turn(cursor.at, 0);
       for (int i = 0; i < kSides; i++)
-        if (sides_[i].args->heads)
-          run_side(sides_[i], cursor.at + 3 * i, cursor.at, turns && sides_[i].turns);
+        if (sides_[i].args->heads) run_side(sides_[i], cursor.at + 3 * i, cursor.at);
     }
   }
 
@@ -84,7 +84,7 @@ class General {
 
   void set_side(Side& s, const qk_side& args, const qk_side_variant& spec, int type, bool turns) {
     s.args = &args, s.spec = &spec;
-    s.weight_type = type, s.turns = turns;
+    s.weight_type = type, s.turns = turns && args.heads;
     if (!args.heads) return;
     s.normalises = spec.norm != QK_NORM_NONE;
     s.has_scale = args.scale_of || args.scale != 1.0f;
@@ -135,14 +135,13 @@ class General {
               at(p.sin, walk[kSin] + head * p.sin_head * size));
   }
 
-  void run_side(Side& s, const long long* own, const long long* walk, bool turns) {
+  void run_side(Side& s, const long long* own, const long long* walk) {
     const qk_side& a = *s.args;
     const qk_side_variant& spec = *s.spec;
-    const bool turns_before = turns && variant_.rope_first;
     Statistic whole{0, 1}, rest{0, 1};
-    if (spec.row && s.normalises) whole = statistic_of_all(s, own, walk, turns_before);
+    if (spec.row && s.normalises) whole = statistic_of_all(s, own, walk);
     for (int head = 0; head < a.heads; head++) {
-      load(s, own, walk, head, turns_before);
+      load(s, own, walk, head);
       if (s.weight_varies) read_weight(s, head);
       if (s.scale_varies) read_scale(s, own[kScale], head);
       if (s.normalises && !spec.row) {
@@ -157,7 +156,7 @@ class General {
           normalise(s, rest, spec.rest, spec.dim, variant_.head_dim);
         swap();
       }
-      if (turns && !turns_before) turn(s, walk, head);
+      if (s.turns && !variant_.rope_first) turn(s, walk, head);
       store(static_cast<char*>(a.y) + own[kY] + head * a.y_head * kSize);
     }
   }
@@ -169,16 +168,20 @@ class General {
 
   // ---- the steps of a head, on row_ ----
 
-  void load(const Side& s, const long long* own, const long long* walk, int head, bool turns) {
+  void load(const Side& s, const long long* own, const long long* walk, int head) {
     const char* x = at(s.args->x, own[kX] + head * s.args->x_head * kSize);
     const int dim = variant_.head_dim;
     int i = 0;
     for (; i + N <= dim; i += N) V::store(row_ + i, V::template widen<kType>(x + i * kSize));
     for (; i < dim; i++) row_[i] = load_float(x + i * kSize, kType);
-    if (turns) turn(s, walk, head);
+    if (s.turns && variant_.rope_first) turn(s, walk, head);
   }
 
   void turn(const Side& s, const long long* walk, int head) {
+    if (!turns_) {
+      if (turn_.move(row_, other_)) swap();
+      return;
+    }
     if (params_.table_heads) set_turn(walk, head);
     turn_.apply(row_, other_, s.spec->round_turn);
     swap();
@@ -215,19 +218,18 @@ class General {
   }
 
   // Of all heads of a token as one row, read twice where the mean is needed first.
-  Statistic statistic_of_all(const Side& s, const long long* own, const long long* walk,
-                             bool turns) {
+  Statistic statistic_of_all(const Side& s, const long long* own, const long long* walk) {
     const int norm = s.spec->norm, heads = s.args->heads, dim = variant_.head_dim;
     const double count = (double)heads * dim;
     double total = 0, squares = 0;
     float mean = 0;
     for (int head = 0; norm == QK_NORM_LAYER && head < heads; head++) {
-      load(s, own, walk, head, turns);
+      load(s, own, walk, head);
       total += sum<false>(0, 0, dim);
     }
     if (norm == QK_NORM_LAYER) mean = (float)(total / count);
     for (int head = 0; head < heads; head++) {
-      load(s, own, walk, head, turns);
+      load(s, own, walk, head);
       squares += sum<true>(mean, 0, dim);
     }
     return finish(s, norm, s.args->eps, mean, squares, count);

@@ -81,13 +81,11 @@ class Kernel {
   void run(long long begin, long long end) {
     const qk_params& p = params_;
     const long long bytes = p.pos_wide ? 8 : 4, table = size_of(p.table_dtype);
-    const Walk walks[] = {{p.q.heads ? p.q.x_dim : nullptr, kSize},
-                          {p.q.heads ? p.q.y_dim : nullptr, kSize},
-                          {p.k.heads ? p.k.x_dim : nullptr, kSize},
-                          {p.k.heads ? p.k.y_dim : nullptr, kSize},
-                          {p.pos ? p.pos_dim : nullptr, bytes},
-                          {p.cos ? p.cos_dim : nullptr, table},
-                          {p.sin ? p.sin_dim : nullptr, table}};
+    const Walk walks[] = {
+        {p.q.heads ? p.q.x_dim : nullptr, kSize}, {p.q.heads ? p.q.y_dim : nullptr, kSize},
+        {p.k.heads ? p.k.x_dim : nullptr, kSize}, {p.k.heads ? p.k.y_dim : nullptr, kSize},
+        {p.pos ? p.pos_dim : nullptr, bytes},     {p.cos ? p.cos_dim : nullptr, table},
+        {p.sin ? p.sin_dim : nullptr, table}};
     Tokens cursor(p, walks, begin), ahead = cursor;
     for (long long token = begin; token < end; token++, cursor = ahead) {
       if (token + 1 < end) ahead.next();

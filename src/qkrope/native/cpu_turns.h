@@ -34,8 +34,10 @@ class Turns {
       const qk_pair& pair = p.pairs[j];
       // A cache has a row for the position on each axis.
       const int at = p.table_rows > 0 ? pair.axis * kRow + j : j;
-      set_channel(pair.out_a, pair.a, pair.b, p.table_full ? pair.table_a : at, -1.0f);
-      set_channel(pair.out_b, pair.b, pair.a, p.table_full ? pair.table_b : at, 1.0f);
+      const float sign = v.reverse && v.angle == QK_ANGLE_TABLE ? -1.0f : 1.0f;
+      set_channel(pair.out_a, pair.a, pair.b, p.table_full ? pair.table_a : at, -sign);
+      set_channel(pair.out_b, pair.b, pair.a, p.table_full ? pair.table_b : at, sign);
+      moves_ = moves_ || pair.out_a != pair.a || pair.out_b != pair.b;
     }
     for (int b = 0; b < blocks_; b++) ways_[b] = way_of(b * N);
   }
@@ -64,6 +66,13 @@ class Turns {
     }
   }
 
+  // A head whose token does not turn: its pairs still go where pairs go. False: they stay.
+  bool move(const float* from, float* to) const {
+    for (int b = 0, c = 0; b < blocks_ && moves_; b++, c += N)
+      V::store(to + c, V::gather(from, own_ + c));
+    return moves_;
+  }
+
   // A head turned by the angles that are set, rounded as the QK_TURN_* says.
   void apply(const float* from, float* to, int rounding) const {
     if (rounding == QK_TURN_ONCE) return apply_as<false>(from, to, rounding);
@@ -83,9 +92,10 @@ class Turns {
   const qk_variant& variant_;
   const qk_params& params_;
   const int half_, blocks_;
+  bool moves_ = false;  // pairs are written elsewhere than read
   Way ways_[kWidth / N];
   alignas(64) int own_[kWidth], partner_[kWidth], entry_[kWidth];
-  alignas(64) float turning_[kWidth], sign_[kWidth];  // turning_: bit 30 of an integer
+  alignas(64) float turning_[kWidth], sign_[kWidth];        // turning_: bit 30 of an integer
   alignas(64) float lo_[kRow], hi_[kRow], position_[kRow];  // the bits of integers
   alignas(64) float cos_entry_[QK_MAX_AXES * kRow], sin_entry_[QK_MAX_AXES * kRow];
   alignas(64) float cos_[2][kWidth], sin_[2][kWidth];  // as they are, and rounded; sin signed

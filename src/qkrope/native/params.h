@@ -46,6 +46,7 @@ typedef struct {
   int pairing;     // QK_HALF | QK_INTERLEAVED | QK_BLOCK_HALF
   qk_side_variant q, k, v;
   int rope_first;      // the rotated head is normalised
+  int reverse;         // turn by -position: frac has that sign, a caller's table or inv_freq not
   int axes;            // of positions: 0, or pos_axis walks so many; qk_pair.axis says whose
   int general;         // something here beyond a norm of a head, "rms" or "none", and a rotation of
                        // its leading channels, rounded once

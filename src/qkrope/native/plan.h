@@ -32,13 +32,14 @@ typedef struct {
 // What a Spec fixes. Plans live as long as the process: captured graphs point at their tables.
 typedef struct {
   int num_q_heads, num_kv_heads;
+  int has_v;           // the Spec has a v_norm
   qk_variant variant;  // dtypes and angle are filled in by each call
   qk_norm_numbers q, k, v;
   float attention_factor;
   int num_frac;
   qk_frac* frac;
-  qk_pair* pairs;        // as many as frac
-  const char* no_cuda;   // names what the CUDA kernels do not run of this Spec, or null
+  qk_pair* pairs;       // as many as frac
+  const char* no_cuda;  // names what the CUDA kernels do not run of this Spec, or null
   qk_slot* slots;
 } qk_plan;
 
@@ -66,8 +67,10 @@ typedef struct {
 // check.c. 0, or -1 with a TypeError or ValueError raised that names argument, got and expected.
 int qk_check(const qk_call* call, qk_checked* out);
 
-// frac.cpp: n frequencies (float32 or float64, radians a position) as fractions of a turn.
-void qk_fracs_of_inv_freq(const void* inv_freq, int is_double, long long step, int n, qk_frac* out);
+// frac.cpp: n frequencies (float32 or float64, radians a position) as fractions of a turn, of the
+// turn back where `reverse` is set.
+void qk_fracs_of_inv_freq(const void* inv_freq, int is_double, long long step, int reverse, int n,
+                          qk_frac* out);
 
 // launcher.c
 // *answer: > 0, nothing ran and these kernels are to be bound first; 0; or -1 (unaligned rows) or
