@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cases import Call, Recipe, error_over_bound, round_once
-from qkrope import angles, reference, reference_angles
+from qkrope import angles, reference, reference_angles, reference_steps
 from qkrope.spec import Norm, Rope, Spec, YaRN
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -62,8 +62,8 @@ def weights_dropped(call: Call, patch: Patch) -> Outputs:
 
 
 def sine_negated(call: Call, patch: Patch) -> Outputs:
-    right = reference._quarter_turn
-    patch.setattr(reference, "_quarter_turn", lambda x, pairing: -right(x, pairing))
+    right = reference_steps.quarter_turn
+    patch.setattr(reference_steps, "quarter_turn", lambda pairs: -right(pairs))
     return oracle(call)
 
 
@@ -98,9 +98,9 @@ def tail_not_normalised(call: Call, patch: Patch) -> Outputs:
 
 
 def mean_over_rotary_dim(call: Call, patch: Patch) -> Outputs:
-    right = reference._statistics
+    right = reference_steps.statistics
     rot = call.spec.rotary_dim
-    patch.setattr(reference, "_statistics", lambda x, norm: right(x[..., :rot], norm))
+    patch.setattr(reference_steps, "statistics", lambda x, norm: right(x[..., :rot], norm))
     return oracle(call)
 
 
@@ -112,7 +112,7 @@ def eps_outside_the_root(call: Call, patch: Patch) -> Outputs:
     def wrong(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         return x.new_zeros(()), 1 / (x.square().mean(-1, keepdim=True).sqrt() + norm.eps)
 
-    patch.setattr(reference, "_statistics", wrong)
+    patch.setattr(reference_steps, "statistics", wrong)
     return oracle(call)
 
 
@@ -123,7 +123,7 @@ def squares_summed_in_bfloat16(call: Call, patch: Patch) -> Outputs:
             total = total + x[..., i : i + 1].square().bfloat16()
         return x.new_zeros(()), (total.double() / x.shape[-1] + norm.eps).rsqrt()
 
-    patch.setattr(reference, "_statistics", wrong)
+    patch.setattr(reference_steps, "statistics", wrong)
     return oracle(call)
 
 
@@ -191,9 +191,9 @@ def position_sign_lost(call: Call, patch: Patch) -> Outputs:
 
 
 def rounded_between_norm_and_rotation(call: Call, patch: Patch) -> Outputs:
-    right, dtype = reference._normalise, call.inputs[0].dtype
+    right, dtype = reference.normalise, call.inputs[0].dtype
     patch.setattr(
-        reference, "_normalise", lambda x, side: round_once(right(x, side), dtype).double()
+        reference, "normalise", lambda x, side: round_once(right(x, side), dtype).double()
     )
     return oracle(call)
 
