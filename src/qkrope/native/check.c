@@ -39,7 +39,7 @@ static int make_part(const qk_call* c, const operands* o, const int* sides, qk_c
   const qk_view* lead = &o->in[sides[Q] ? Q : sides[K] ? K : V];
   long long walks[WALKS][QK_RAW_DIMS];
   memset(walks, 0, sizeof walks);
-  p->general = out->variant.general || sides[V];
+  p->general = out->variant.general;
   for (int i = 0; i < SIDES; ++i) {
     if (!sides[i]) continue;
     const qk_view *x = &o->in[i], *y = &o->out[i];
@@ -48,7 +48,8 @@ static int make_part(const qk_call* c, const operands* o, const int* sides, qk_c
       return -1;
     memcpy(walks[3 * i + X], x->stride, (x->ndim - 2) * sizeof *x->stride);
     memcpy(walks[3 * i + Y], y->stride, (y->ndim - 2) * sizeof *y->stride);
-    p->general |= to[i]->bias || to[i]->weight_head || to[i]->scale_of || to[i]->scale != 1.0f;
+    if (i != V)
+      p->general |= to[i]->bias || to[i]->weight_head || to[i]->scale_of || to[i]->scale != 1.0f;
   }
   if (qk_check_angles(c, o, sides, lead, dtype, p, walks[POS], walks[COS], walks[SIN])) return -1;
   long long* strides[WALKS];

@@ -61,7 +61,7 @@ static int packed_views(const qk_plan* plan, const DLTensor* qkv, operands* o) {
   packed_side(&packed, "k", nq, nk, head_dim, &o->in[K]);
   packed_side(&packed, "v", nq + nk, nk, head_dim, &o->in[V]);
   o->has[Q] = o->has[K] = 1;
-  o->has[V] = plan->has_v && plan->variant.v.norm != QK_NORM_NONE;
+  o->has[V] = plan->has_v;
   return 0;
 }
 

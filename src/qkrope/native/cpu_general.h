@@ -38,6 +38,8 @@ class General {
     alignas(64) float weight[kWidth], bias[kWidth], scale[kWidth];
   };
 
+  static constexpr qk_side kAbsent{};
+
   const qk_variant& variant_;
   const qk_params& params_;
   Side sides_[kSides];
@@ -48,10 +50,12 @@ class General {
 
  public:
   General(const General&) = delete;
-  General(const qk_variant& v, const qk_params& p) : variant_(v), params_(p), turn_(v, p) {
+  // only_v: q and k are the other kernel's.
+  General(const qk_variant& v, const qk_params& p, bool only_v)
+      : variant_(v), params_(p), turn_(v, p) {
     for (int i = 0; i < kWidth; i++) rows_[0][i] = rows_[1][i] = 0;
-    set_side(sides_[kQ], p.q, v.q, v.q_weight_dtype, v.angle != QK_ANGLE_NONE);
-    set_side(sides_[kK], p.k, v.k, v.k_weight_dtype, v.angle != QK_ANGLE_NONE);
+    set_side(sides_[kQ], only_v ? kAbsent : p.q, v.q, v.q_weight_dtype, v.angle != QK_ANGLE_NONE);
+    set_side(sides_[kK], only_v ? kAbsent : p.k, v.k, v.k_weight_dtype, v.angle != QK_ANGLE_NONE);
     set_side(sides_[kV], p.v, v.v, v.v_weight_dtype, false);
   }
 

@@ -10,11 +10,14 @@ namespace {
 
 template <class V, int kType>
 void run_typed(const qk_variant& v, const qk_params& p, long long begin, long long end) {
-  if (p.general) return General<V, kType>(v, p).run(begin, end);
-  if (v.pairing == QK_INTERLEAVED)
+  if (p.general) return General<V, kType>(v, p, false).run(begin, end);
+  if (!p.q.heads && !p.k.heads) {
+  } else if (v.pairing == QK_INTERLEAVED) {
     Kernel<V, kType, QK_INTERLEAVED>(v, p).run(begin, end);
-  else
+  } else {
     Kernel<V, kType, QK_HALF>(v, p).run(begin, end);
+  }
+  if (p.v.heads) General<V, kType>(v, p, true).run(begin, end);
 }
 
 template <class V>

@@ -81,7 +81,7 @@ typedef struct {
 
 typedef struct {
   qk_side q, k, v;
-  int general;       // the variant's, or something that this call brings is general
+  int general;       // the variant's, or something that this call brings for q or k is general
   long long tokens;  // product of size[]
   long long size[QK_MAX_DIMS];
   int ndim;  // >= 1; size[0] is the outermost
