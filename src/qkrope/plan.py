@@ -15,7 +15,7 @@ from .norm import Norm
 from .rope import PAIRINGS, Rope
 from .scaling import MAX_LENGTH
 from .spec import Spec
-from .variant import NORM_LETTERS, NORMS, TURN_LETTERS, is_general, unsupported
+from .variant import NORM_LETTERS, NORMS, TURN_LETTERS, is_general
 
 _lock = threading.Lock()
 _by_value: dict[tuple[Spec, angles.Angles], Plan] = {}
@@ -32,8 +32,7 @@ class Plan:
         pairs = array("h", chain.from_iterable(_pairs(spec)))
         self.spec = spec
         self.handle = _native.lib().plan_new(
-            *(numbers.buffer_info()[0] for numbers in (ints, floats, words, pairs)),
-            unsupported(spec, "cuda") or "",
+            *(numbers.buffer_info()[0] for numbers in (ints, floats, words, pairs))
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from . import _native
 from .plan import bare_of, plan_of
 from .spec import Spec
-from .variant import DTYPES, Variant, unsupported
+from .variant import DTYPES, Variant
 
 
 def dtype_name(name: str, dtype: torch.dtype) -> str:
@@ -65,9 +65,6 @@ def warmup(
 def _variant(
     spec: Spec, dtype: torch.dtype, weight_dtype: torch.dtype | None, angle: str
 ) -> Variant:
-    reason = unsupported(spec, "cuda")
-    if reason is not None:
-        raise ValueError(f"spec: {reason} is not run by the kernels of this release")
     name = dtype_name("dtype", dtype)
     weight = dtype_name("weight_dtype", weight_dtype) if weight_dtype is not None else name
     return Variant.of(spec, name, weight, weight, angle)

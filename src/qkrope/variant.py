@@ -2,61 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .rope import PAIRINGS
+from .rope import PAIRINGS, Pair
 from .spec import MAX_HEAD_DIM, Spec
+from .variant_options import NORM_LETTERS, NORMS, TURN_LETTERS, Options
+
+__all__ = ["ANGLES", "DTYPES", "NORMS", "NORM_LETTERS", "TURN_LETTERS", "Variant", "is_general"]
 
 DTYPES = ("float32", "bfloat16", "float16")  # by the numbers of params.h
 ANGLES = ("none", "phase", "table", "inv_freq")
-NORMS = ("none", "rms", "layer", "l2")
-NORM_LETTERS = ("", "A", "B", "C")  # of Spec.rounding; "": once
-TURN_LETTERS = ("", "b", "h", "f")
-
-
-def unsupported(spec: Spec, backend: str) -> str | None:
-    """Names the first value of ``spec`` that a backend's kernels ("cpu", "cuda") do not run yet, or
-    None. The CPU ones run every Spec.
-
-    ``Rope.freq_dim`` runs everywhere: it is in the frequencies alone.
-    """
-    if backend == "cpu":
-        return None
-    if spec.v_norm is not None:
-        return f"v_norm={spec.v_norm.kind!r}"
-    if spec.rope is not None and spec.rope.reverse:
-        return "rope.reverse=True"
-    return _beyond_plain(spec)
 
 
 def is_general(spec: Spec) -> bool:
-    """Whether this Spec takes the general CPU kernel: qk_variant.general of native/params.h."""
-    return _beyond_plain(spec) is not None
+    """Whether a Spec takes the general kernels: qk_variant.general of native/params.h.
 
-
-def _beyond_plain(spec: Spec) -> str | None:
-    """What is more than a norm of each head, "rms" or "none", and then a rotation of its leading
-    channels, rounded once.
+    The plain ones run a norm of each head, "rms" or "none", and then a rotation of its leading
+    channels, rounded once. ``Rope.freq_dim`` is in the frequencies alone, and so is ``reverse``.
     """
-    for side, norm in (("norm", spec.q_norm), ("k_norm", spec.k_norm_resolved)):
-        if norm.kind not in ("none", "rms"):
-            return f"{side}.kind={norm.kind!r}"
+    if spec.order != "norm_first" or spec.rounding != "once":
+        return True
+    for norm in (spec.q_norm, spec.k_norm_resolved):
+        if norm.kind not in ("none", "rms") or norm.dim is not None:
+            return True
         if norm.kind != "none" and norm.scope != "head":
-            return f"{side}.scope={norm.scope!r}"
-        if norm.dim is not None:
-            return f"{side}.dim={norm.dim!r}"
-    if spec.order != "norm_first":
-        return f"order={spec.order!r}"
-    if spec.rounding != "once":
-        return f"rounding={spec.rounding!r}"
+            return True
     if spec.rope is None:
-        return None
+        return False
     if spec.rope.pairing not in ("half", "interleaved"):
-        return f"rope.pairing={spec.rope.pairing!r}"
-    for name in ("offset", "pair_distance", "output_pairing", "mrope_section", "axes_dim"):
-        if value := getattr(spec.rope, name):
-            return f"rope.{name}={value!r}"
-    return None
+        return True
+    names = ("offset", "pair_distance", "output_pairing", "mrope_section", "axes_dim")
+    return any(getattr(spec.rope, name) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +52,7 @@ class Variant:
     q_weight: str
     k_weight: str
     angle: str
+    options: Options | None = None  # of the general kernel; None: the plain one
 
     def __post_init__(self) -> None:
         # Twins of the static_asserts in kernel.cu.
@@ -85,12 +64,28 @@ class Variant:
             )
         if (self.angle == "none") != (self.rotary_dim == 0):
             raise ValueError(f"angle: got {self.angle!r} with rotary_dim {self.rotary_dim}")
+        if self.options is not None:
+            self.options.check(self.head_dim, self.rotary_dim, self.pairing)
 
     @classmethod
     def of(
-        cls, spec: Spec, dtype: str, q_weight: str | None, k_weight: str | None, angle: str
+        cls,
+        spec: Spec,
+        dtype: str,
+        q_weight: str | None,
+        k_weight: str | None,
+        angle: str,
+        general: bool = False,
     ) -> Variant:
-        """The variant that runs ``spec``; a weight that is not given has the activations' dtype."""
+        """The variant that runs ``spec``; a weight that is not given has the activations' dtype.
+
+        ``general`` where the call needs that kernel whatever the Spec does: a bias, a scale, a
+        weight or table for each head, tokens that do not turn. It reads weights of any dtype, so
+        that they are no part of it.
+        """
+        angle = angle if spec.rotary_dim else "none"
+        reads = spec.rope is not None and spec.rope.reverse and angle in ("table", "inv_freq")
+        general = general or reads or spec.v_norm is not None or is_general(spec)
         return cls(
             head_dim=spec.head_dim,
             rotary_dim=spec.rotary_dim,
@@ -98,9 +93,10 @@ class Variant:
             q_norm=spec.q_norm.kind,
             k_norm=spec.k_norm_resolved.kind,
             dtype=dtype,
-            q_weight=q_weight or dtype,
-            k_weight=k_weight or dtype,
-            angle=angle if spec.rotary_dim else "none",
+            q_weight=dtype if general else q_weight or dtype,
+            k_weight=dtype if general else k_weight or dtype,
+            angle=angle,
+            options=Options.of(spec) if general else None,
         )
 
     @property
@@ -112,6 +108,8 @@ class Variant:
     @property
     def vector_bytes(self) -> int:
         """Width of the aligned loads, 0 where a lane's channels make no whole number of them."""
+        if self.options is not None:
+            return self._vector_bytes()
         pairs, rotated, held = self.head_dim // 2, self.rotary_dim // 2, self.lane_units
         if (self.head_dim + 7) // 8 % held:
             return 0
@@ -128,11 +126,28 @@ class Variant:
         """
         if not self.vector_bytes:
             return ("scalar",)
+        if self.options is not None and self.options.has_rows:
+            return ("vector1", "scalar")
         return ("vector1", "vector2", *(("vector4",) if self.lane_units == 1 else ()), "scalar")
 
+    def _vector_bytes(self) -> int:
+        """The same of the general kernel, whose lanes it goes through."""
+        assert self.options is not None
+        pairs, count = self.head_dim // 2, 4 * self.lane_units
+        if pairs % count or self.rotary_dim // 2 % count:
+            return 0
+        read, written = self.options.lane_pairs(self.head_dim, self.rotary_dim, self.pairing)
+        for at in range(0, pairs, count):
+            for mine in (read[at : at + count], written[at : at + count]):
+                if not _whole_runs(mine):
+                    return 0
+        # The shorter run of reading and writing: four pairs' channels a, or all of theirs.
+        runs = self.pairing != "interleaved"
+        return 8 if runs and self.lane_units == 1 and self.dtype != "float32" else 16
+
     def macros(self) -> str:
-        """The variant as the preprocessor lines that precede kernel.cu."""
-        values = {
+        """The variant as the preprocessor lines that precede kernel.cu or general.cu."""
+        values: dict[str, Any] = {
             "HEAD_DIM": self.head_dim,
             "ROTARY_DIM": self.rotary_dim,
             "PAIRING": PAIRINGS.index(self.pairing),
@@ -144,4 +159,21 @@ class Variant:
             "ANGLE": ANGLES.index(self.angle),
             "VECTOR_BYTES": self.vector_bytes,
         }
+        if self.options is not None:
+            for name in ("Q_NORM", "K_NORM", "Q_WEIGHT", "K_WEIGHT"):
+                del values[name]
+            values |= self.options.macros(self.rotary_dim, self.pairing)
         return "".join(f"#define QK_{name} {value}\n" for name, value in values.items())
+
+
+def _whole_runs(pairs: Sequence[Pair]) -> bool:
+    """Whether a lane's pairs are aligned runs of memory: a a a ..., b b b ..., or a b a b ..."""
+    a, b = zip(*pairs, strict=True)
+    if b[0] == a[0] + 1:
+        return _is_run([channel for pair in pairs for channel in pair])
+    return _is_run(a) and _is_run(b)
+
+
+def _is_run(channels: Sequence[int]) -> bool:
+    first, count = channels[0], len(channels)
+    return first % count == 0 and list(channels) == list(range(first, first + count))

@@ -140,12 +140,10 @@ def _specs(args: argparse.Namespace, out: Output) -> list[Spec]:
 
 
 def _variants(args: argparse.Namespace, out: Output) -> list[Variant]:
-    from qkrope.variant import Variant, unsupported
+    from qkrope.variant import Variant
 
     found: dict[Variant, None] = {}
     for spec in _specs(args, out):
-        if reason := unsupported(spec, "cuda"):
-            raise UsageError(f"spec: no kernel runs {reason}")
         for dtype in args.dtype or ["bfloat16"]:
             for angle in args.angles or ["phase"]:
                 weight = args.weight_dtype

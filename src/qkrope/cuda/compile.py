@@ -16,7 +16,9 @@ from . import cache as disk
 
 SCHEMA = 1
 STANDARD = "c++17"
-_SOURCES = ("params.h", "math.h", "rows.cuh", "turns.cuh", "kernel.cu")
+_COMMON = ("params.h", "math.h", "ptx.cuh", "lanes.cuh")
+_PLAIN = (*_COMMON, "rows.cuh", "turns.cuh", "kernel.cu")
+_GENERAL = (*_COMMON, "channels.cuh", "options.cuh", "general.cu")
 _COMPILERS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 _INSTALL = "pip install qkrope[cuda]"
 
@@ -49,15 +51,15 @@ class CompiledVariant:
 
 
 @cache
-def _body() -> str:
+def _body(names: tuple[str, ...]) -> str:
     """The device sources as one text without includes: what is hashed is what is compiled."""
-    texts = (_native.resource("native", name).read_text() for name in _SOURCES)
+    texts = (_native.resource("native", name).read_text() for name in names)
     return "".join(re.sub(r'^#include ".*"\n', "", text, flags=re.MULTILINE) for text in texts)
 
 
 def source(variant: Variant) -> str:
     """The complete translation unit of a variant."""
-    return variant.macros() + _body()
+    return variant.macros() + _body(_PLAIN if variant.options is None else _GENERAL)
 
 
 @cache

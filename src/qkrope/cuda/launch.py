@@ -61,7 +61,8 @@ def build(plan: Any, key: int) -> None:
     dtype, q_weight, k_weight = (
         DTYPES[key >> at & mask] for at, mask in ((1, 7), (4, 15), (8, 15))
     )
-    variant = Variant.of(plan.spec, dtype, q_weight, k_weight, ANGLES[key >> 12 & 15])
+    general = bool(key >> 15 & 1)
+    variant = Variant.of(plan.spec, dtype, q_weight, k_weight, ANGLES[key >> 12 & 7], general)
     device = key >> 16
     with _lock:
         if (plan.handle, key) not in _bound:
@@ -74,7 +75,9 @@ def slot_key(variant: Variant, device: int) -> int:
     numbers = (DTYPES.index(name) for name in (variant.dtype, variant.q_weight, variant.k_weight))
     dtype, q_weight, k_weight = numbers
     angle = ANGLES.index(variant.angle)
-    return 1 | dtype << 1 | q_weight << 4 | k_weight << 8 | angle << 12 | device << 16
+    general = variant.options is not None
+    weights = q_weight << 4 | k_weight << 8
+    return 1 | dtype << 1 | weights | angle << 12 | general << 15 | device << 16
 
 
 def load(variant: Variant, device: int) -> int:

@@ -76,12 +76,12 @@ static void* copy_of(const TVMFFIAny* address, size_t bytes) {
 }
 
 // plan_new(addresses of int32[10 + 3 * 7], float[13], qk_frac[rotary_dim / 2] and
-//          qk_pair[rotary_dim / 2]; what no CUDA kernel runs of the Spec, or "") -> plan
+//          qk_pair[rotary_dim / 2]) -> plan
 // int32: nq, nk, has_v, head_dim, rotary_dim, pairing, rope_first, reverse, axes, general, then the
 // qk_side_variant of q, k and v. float: attention_factor, then the qk_norm_numbers of q, k and v.
 FUNCTION(plan_new) {
   (void)self;
-  if (n != 5) return qk_raise("TypeError", "plan_new: expected 5 arguments, got %d", n);
+  if (n != 4) return qk_raise("TypeError", "plan_new: expected 4 arguments, got %d", n);
   qk_plan* plan = (qk_plan*)calloc(1, sizeof *plan);
   if (!plan) return qk_raise("MemoryError", "plan_new: out of memory");
   const int* ints = (const int*)(uintptr_t)args[0].v_int64;
@@ -100,9 +100,7 @@ FUNCTION(plan_new) {
   plan->num_frac = v->rotary_dim / 2;
   plan->frac = (qk_frac*)copy_of(&args[2], plan->num_frac * sizeof(qk_frac));
   plan->pairs = (qk_pair*)copy_of(&args[3], plan->num_frac * sizeof(qk_pair));
-  const char* no_cuda = text_arg(&args[4]);
-  if (*no_cuda) plan->no_cuda = strdup(no_cuda);
-  if (!plan->frac || !plan->pairs || (*no_cuda && !plan->no_cuda))
+  if (!plan->frac || !plan->pairs)
     return qk_raise("MemoryError", "plan_new: out of memory");
   return return_int(result, (int64_t)(uintptr_t)plan);
 }
@@ -150,38 +148,42 @@ static int scale_arg(const char* name, const TVMFFIAny* arg, const DLTensor** ou
 //                rotate_from, rotate_to]]) -> the answer of qk_cuda_run.
 // flags: 1 = nothing on this stream can have written the weights; 2 = check and do nothing.
 // rotate_to: -1 = to the end.
-FUNCTION(qk_norm_rope) {
-  (void)self;
+static int read_call(const TVMFFIAny* args, int n, qk_call* to) {
   static const char* names[] = {
       "qkv",          "q",      "k",      "q_weight",      "k_weight", "positions",
       "positions[1]", "cos",    "sin",    "cos_sin_cache", "inv_freq", "out[0]",
       "out[1]",       "q_bias", "k_bias", "k cos",         "k sin",    "v",
       "v_weight",     "out[2]"};
-  qk_call call;
-  memset(&call, 0, sizeof call);
+  memset(to, 0, sizeof *to);
   const DLTensor** slots[] = {
-      &call.qkv,         &call.q,           &call.k,     &call.q_weight, &call.k_weight,
-      &call.q_positions, &call.k_positions, &call.cos,   &call.sin,      &call.cos_sin_cache,
-      &call.inv_freq,    &call.q_out,       &call.k_out, &call.q_bias,   &call.k_bias,
-      &call.k_cos,       &call.k_sin,       &call.v,     &call.v_weight, &call.v_out};
+      &to->qkv,         &to->q,           &to->k,     &to->q_weight, &to->k_weight,
+      &to->q_positions, &to->k_positions, &to->cos,   &to->sin,      &to->cos_sin_cache,
+      &to->inv_freq,    &to->q_out,       &to->k_out, &to->q_bias,   &to->k_bias,
+      &to->k_cos,       &to->k_sin,       &to->v,     &to->v_weight, &to->v_out};
   enum { PLAIN = 8, ANGLES = 15, ALL = 26, TENSORS = 22 };
   if ((n < PLAIN || n > ANGLES) && n != ALL)
     return qk_raise("TypeError", "qk_norm_rope: got %d arguments", n);
-  qk_plan* plan = (qk_plan*)(uintptr_t)args[0].v_int64;
-  call.plan = plan;
-  call.early_weights = args[1].v_int64 & 1;
+  to->plan = (const qk_plan*)(uintptr_t)args[0].v_int64;
+  to->early_weights = args[1].v_int64 & 1;
   for (int i = 2; i < n && i < TENSORS; ++i)
     if (tensor_arg(names[i - 2], &args[i], slots[i - 2])) return -1;
-  call.q_scale = call.k_scale = 1.0f;
-  call.rotate_to = -1;
+  to->q_scale = to->k_scale = 1.0f;
+  to->rotate_to = -1;
   if (n == ALL) {
     const TVMFFIAny* rest = args + TENSORS;
-    if (scale_arg("q_scale", &rest[0], &call.q_scale_of, &call.q_scale) ||
-        scale_arg("k_scale", &rest[1], &call.k_scale_of, &call.k_scale))
+    if (scale_arg("q_scale", &rest[0], &to->q_scale_of, &to->q_scale) ||
+        scale_arg("k_scale", &rest[1], &to->k_scale_of, &to->k_scale))
       return -1;
-    call.rotate_from = rest[2].v_int64;
-    call.rotate_to = rest[3].v_int64;
+    to->rotate_from = rest[2].v_int64;
+    to->rotate_to = rest[3].v_int64;
   }
+  return 0;
+}
+
+FUNCTION(qk_norm_rope) {
+  (void)self;
+  qk_call call;
+  if (read_call(args, n, &call)) return -1;
   qk_checked checked;
   if (qk_check(&call, &checked)) return -1;
   if (args[1].v_int64 & 2) return return_int(result, 0);
@@ -190,7 +192,7 @@ FUNCTION(qk_norm_rope) {
     if (run_cpu(&checked)) return -1;
   } else {
     void* stream = TVMFFIEnvGetStream(checked.device_type, checked.device_id);
-    if (qk_cuda_run(plan, &checked, stream, &answer)) return -1;
+    if (qk_cuda_run(call.plan, &checked, stream, &answer)) return -1;
   }
   return return_int(result, answer);
 }
@@ -212,6 +214,50 @@ FUNCTION(cuda_bind) {
     return -1;
   return return_int(result, 0);
 }
+
+// cuda_prepare(address, mask of kernels, num_sms, the arguments of qk_norm_rope): what a call on CUDA
+// would launch, for tests that run the kernels without a GPU. Address 0 -> the key of its kernels;
+// else one of these for each part that has tokens goes there -> how many.
+typedef struct {
+  qk_grid grid;
+  union {
+    qk_launch plain;
+    qk_launch_general general;
+  } launch;
+} prepared;
+
+FUNCTION(cuda_prepare) {
+  (void)self;
+  qk_call call;
+  qk_checked checked;
+  if (n < 3) return qk_raise("TypeError", "cuda_prepare: got %d arguments", n);
+  if (read_call(args + 3, n - 3, &call)) return -1;
+  call.as_cuda = 1;
+  if (qk_check(&call, &checked)) return -1;
+  prepared* to = (prepared*)(uintptr_t)args[0].v_int64;
+  if (!to) return return_int(result, qk_slot_key(&checked));
+  qk_kernels kernels = {{0}, (int)args[2].v_int64};
+  for (int i = 0; i < QK_KERNELS; ++i)
+    if (args[1].v_int64 >> i & 1) kernels.function[i] = to;  // any address but null
+  long long count = 0, answer;
+  for (int i = 0; i < checked.num_parts; ++i) {
+    const qk_params* part = &checked.part[i];
+    if (!part->tokens) continue;
+    if (checked.general)
+      qk_prepare_general(&kernels, part->frac, &checked, part, &to->launch.general, &to->grid,
+                         &answer);
+    else
+      qk_prepare(&kernels, part->frac, &checked, part, &to->launch.plain, &to->grid, &answer);
+    ++to, ++count;
+  }
+  return return_int(result, count);
+}
+
+FUNCTION(cuda_launch_bytes) {
+  (void)self, (void)args, (void)n;
+  return return_int(result, sizeof(qk_launch_general));
+}
+_Static_assert(sizeof(prepared) == 32 + sizeof(qk_launch_general), "as tests/emulated.py reads it");
 
 // rows(tokens, q heads, k heads, groups, most, num_sms), block_warps(warps, num_sms): the rules of
 // the grid, for their tests.

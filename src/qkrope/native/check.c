@@ -1,6 +1,5 @@
 // check.c: the boundary. Every argument is checked here and in the files beside, once, for both
 // backends, before anything is written; what passes becomes the qk_params that the kernels read.
-#include <stdio.h>
 #include <string.h>
 
 #include "check.h"
@@ -66,39 +65,12 @@ static int same_leading(const qk_view* a, const qk_view* b) {
   return a->ndim == b->ndim && !memcmp(a->size, b->size, (a->ndim - 2) * sizeof *a->size);
 }
 
-// What the CUDA kernels do not run: the Spec's, then the call's.
-static int refuse_on_cuda(const qk_call* c, const qk_checked* out) {
-  if (c->plan->no_cuda)
-    return qk_raise("ValueError",
-                    "spec: %s is not run by the cuda kernels of this release, only on a cpu; "
-                    "qkrope.reference runs every Spec",
-                    c->plan->no_cuda);
-  static const char* sides[] = {"q", "k", "v"};
-  const char *name = 0, *what = "a value";
-  char text[16];
-  for (int i = 0; i < out->num_parts && !name; ++i) {
-    const qk_params* p = &out->part[i];
-    const qk_side* each[] = {&p->q, &p->k, &p->v};
-    for (int side = 0; side < SIDES && !name; ++side) {
-      const qk_side* s = each[side];
-      name = s->bias ? "bias" : s->weight_head ? "weight" : 0;
-      if (s->scale_of || s->scale != 1.0f) name = "scale";
-      if (!name) continue;
-      if (s->weight_head) what = "a row for each head";
-      snprintf(text, sizeof text, "%s_%s", sides[side], name);
-      name = text;
-    }
-    if (!name && p->v.heads) name = "v";
-    if (!name && p->table_heads) name = "cos_sin", what = "a row for each head";
-    if (!name && c->k_cos) name = "cos_sin", what = "tables for q and k apart";
-    if (!name && c->rotate_from) name = "rotate_from";
-    if (!name && c->rotate_to >= 0) name = "rotate_to";
-  }
-  if (!name) return 0;
-  return qk_raise("ValueError",
-                  "%s: expected what the cuda kernels of this release run, got %s, which only the "
-                  "cpu ones do",
-                  name, what);
+// Whether the plain CUDA kernel does not run it. It reads a caller's frequencies as they are.
+static int is_general(const qk_plan* plan, const qk_checked* out) {
+  const qk_variant* v = &out->variant;
+  int general = plan->has_v || (v->reverse && v->angle == QK_ANGLE_INV_FREQ);
+  for (int i = 0; i < out->num_parts; ++i) general |= out->part[i].general;
+  return general;
 }
 
 int qk_check(const qk_call* c, qk_checked* out) {
@@ -142,5 +114,6 @@ int qk_check(const qk_call* c, qk_checked* out) {
   for (int i = 0; i < n; ++i)
     if (make_part(c, &o, parts[i], out)) return -1;
   if (qk_check_memory(c, &o)) return -1;
-  return o.device_type == kDLCPU ? 0 : refuse_on_cuda(c, out);
+  out->general = is_general(plan, out);
+  return 0;
 }

@@ -97,7 +97,7 @@ int qk_check_sides(const qk_call* c, operands* o, int* dtype) {
   if (c->v && !plan->has_v)
     return qk_raise("ValueError", "v: expected None, since the Spec has no v_norm, got a tensor");
   int type = o->first->device.device_type;
-  o->device_type = type == kDLCUDAHost ? kDLCPU : type;
+  o->device_type = c->as_cuda ? kDLCUDA : type == kDLCUDAHost ? kDLCPU : type;
   o->device_id = o->first->device.device_id;
   if (o->device_type != kDLCPU && o->device_type != kDLCUDA)
     return qk_raise("ValueError", "%s: expected a cpu or cuda tensor, got DLPack device type %d",

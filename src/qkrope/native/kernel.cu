@@ -7,45 +7,6 @@
 
 namespace {
 
-// Sums over the lanes of a group, for kRows rows at once; every lane gets them. The tree is that of
-// kLanes rounded up to a power of two with zeros, whatever the lanes hold.
-template <int kRows>
-__device__ __forceinline__ void group_sums(float (&sums)[kRows], int base, int rank) {
-#pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) {
-    const int from = (rank ^ step) & ~(step - 1);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (kPowerOfTwo) {
-        sums[i] = qk::add(sums[i], __shfl_xor_sync(kAllLanes, sums[i], step));
-      } else {
-        const float other = __shfl_sync(kAllLanes, sums[i], base + from);
-        sums[i] = qk::add(sums[i], from < kLanes ? other : 0.0f);
-      }
-    }
-  }
-}
-
-// Programmatic dependent launch: the next kernel may start (it waits for our end by itself), and
-// what the previous ones wrote is visible from here on.
-__device__ __forceinline__ void release_next() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Asks for a value here, so that what makes it is not left for after the wait below.
-__device__ __forceinline__ void settle(float& x) { asm volatile("" : "+f"(x)); }
-__device__ __forceinline__ void settle(const char*& pointer) {
-  asm volatile("" : "+l"(pointer));
-  __builtin_assume(__isGlobal(pointer));  // or its loads would be generic ones
-}
-
 template <int kRows>
 constexpr bool kOnTokens = QK_ON_TOKENS(kHeadDim, kRows);
 // Both groups of a warp are on one token, and may share the work of its angles.

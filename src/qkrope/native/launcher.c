@@ -113,9 +113,10 @@ long long qk_slot_key(const qk_checked* c) {
   const qk_variant* v = &c->variant;
   int q_weight = v->q_weight_dtype < 0 ? v->dtype : v->q_weight_dtype;
   int k_weight = v->k_weight_dtype < 0 ? v->dtype : v->k_weight_dtype;
+  if (c->general) q_weight = k_weight = v->dtype;  // its kernels read any
   return 1 | (long long)v->dtype << 1 | (long long)q_weight << Q_WEIGHT_SHIFT |
          (long long)k_weight << K_WEIGHT_SHIFT | (long long)v->angle << 12 |
-         (long long)c->device_id << 16;
+         (long long)c->general << 15 | (long long)c->device_id << 16;
 }
 
 static const qk_slot* find_slot(const qk_plan* plan, const qk_checked* c, long long key) {
@@ -242,7 +243,7 @@ static void launch_side(const qk_params* p, const qk_side* from, int item, int s
   to->y_token = out->y_dim[side][0];
 }
 
-static void fill_launch(const qk_params* p, int item, const qk_frac* frac, qk_launch* out) {
+void qk_fill_launch(const qk_params* p, int item, const qk_frac* frac, qk_launch* out) {
   memset(out, 0, sizeof *out);
   launch_side(p, &p->q, item, 0, out);
   launch_side(p, &p->k, item, 1, out);
@@ -277,65 +278,86 @@ static int forced_rows, forced_warps;
 
 void qk_force_grid(int rows, int warps) { forced_rows = rows, forced_warps = warps; }
 
-// The kernel for this call's alignment and number of rows, and that number.
-static void* choose_kernel(const qk_slot* slot, const qk_checked* c, const qk_launch* p, int* rows,
-                           long long* answer) {
-  const int head_dim = c->variant.head_dim, most = QK_PASSES(head_dim);
-  void* const* functions = slot->kernels->function;
-  if (functions[0] && is_aligned(c, p)) {
+int qk_choose_kernel(const qk_kernels* kernels, int aligned, int heads_of_q, int others,
+                     long long tokens, int head_dim, int* rows, long long* answer) {
+  const int most = QK_PASSES(head_dim);
+  void* const* functions = kernels->function;
+  if (functions[0] && aligned) {
     *rows = forced_rows ? forced_rows
-                        : qk_rows(p->tokens, p->side[0].heads, p->side[1].heads,
-                                  QK_GROUPS(head_dim), most, slot->kernels->num_sms);
-    return functions[*rows == 4 ? 2 : *rows - 1];
+                        : qk_rows(tokens, heads_of_q, others, QK_GROUPS(head_dim), most,
+                                  kernels->num_sms);
+    return *rows == 4 ? 2 : *rows - 1;
   }
   static int said[2];  // a slow path announces itself, once
   int why = functions[0] ? 0 : 1;
   if (!said[why]) *answer = -1 - why;
   said[why] = 1;
   *rows = most;
-  return functions[QK_SCALAR];
+  return QK_SCALAR;
+}
+
+int qk_shape_side(qk_launch_side* side, int rows, int head_dim) {
+  // Heads that a warp serves at a time.
+  const int a_pass = QK_ON_TOKENS(head_dim, rows) ? 1 : QK_GROUPS(head_dim);
+  const int needed = slots_of(side->heads, rows * a_pass);
+  if (needed) side->passes = slots_of(side->heads, needed * a_pass);  // as even as it goes
+  return needed;
+}
+
+void qk_shape_grid(const qk_kernels* kernels, unsigned tokens, int slots, int rows, int head_dim,
+                   qk_grid* out) {
+  const unsigned tokens_a_warp = QK_ON_TOKENS(head_dim, rows) ? QK_GROUPS(head_dim) : 1;
+  const unsigned warps = (tokens + tokens_a_warp - 1) / tokens_a_warp;
+  unsigned block = qk_block_warps((long long)warps * slots, kernels->num_sms);
+  if (forced_warps) block = forced_warps;
+  const unsigned blocks = (warps + block - 1) / block;
+  out->grid[0] = slots;
+  out->grid[2] = (blocks + 65534) / 65535;
+  out->grid[1] = (blocks + out->grid[2] - 1) / out->grid[2];
+  out->block[0] = 32;
+  out->block[1] = block;
+  out->block[2] = 1;
+}
+
+void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
+                const qk_params* params, qk_launch* p, qk_grid* out, long long* answer) {
+  const int head_dim = c->variant.head_dim;
+  int rows;
+  qk_fill_launch(params, c->variant.dtype == QK_F32 ? 4 : 2, frac, p);
+  out->function = qk_choose_kernel(kernels, kernels->function[0] && is_aligned(c, p), p->side[0].heads, p->side[1].heads,
+                                   p->tokens, head_dim, &rows, answer);
+  p->q_slots = qk_shape_side(&p->side[0], rows, head_dim);
+  const int slots = p->q_slots + qk_shape_side(&p->side[1], rows, head_dim);
+  qk_shape_grid(kernels, p->tokens, slots, rows, head_dim, out);
 }
 
 static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* params, void* stream,
                   long long* answer) {
-  const int head_dim = c->variant.head_dim, groups = QK_GROUPS(head_dim);
-  qk_launch p;
+  union {
+    qk_launch plain;
+    qk_launch_general general;
+  } p;
+  qk_grid shape;
   if (params->tokens > INT32_MAX)
     return qk_raise("ValueError", "q, k: got %lld tokens, expected at most 2^31 - 1",
                     params->tokens);
-  fill_launch(params, c->variant.dtype == QK_F32 ? 4 : 2, slot->frac, &p);
-  int rows, slots = 0;
-  void* function = choose_kernel(slot, c, &p, &rows, answer);
-  const int on_tokens = QK_ON_TOKENS(head_dim, rows);
-  const int a_pass = on_tokens ? 1 : groups;  // heads that a warp serves at a time
-  for (int i = 0; i < 2; ++i) {
-    const int heads = p.side[i].heads, needed = slots_of(heads, rows * a_pass);
-    if (needed) p.side[i].passes = slots_of(heads, needed * a_pass);  // as even as it goes
-    slots += needed;
-    if (!i) p.q_slots = slots;
-  }
-  const unsigned tokens_a_warp = on_tokens ? groups : 1;
-  const unsigned warps = (p.tokens + tokens_a_warp - 1) / tokens_a_warp;
-  unsigned block = qk_block_warps((long long)warps * slots, slot->kernels->num_sms);
-  if (forced_warps) block = forced_warps;
-  const unsigned blocks = (warps + block - 1) / block;
+  if (c->general)
+    qk_prepare_general(slot->kernels, slot->frac, c, params, &p.general, &shape, answer);
+  else
+    qk_prepare(slot->kernels, slot->frac, c, params, &p.plain, &shape, answer);
   launch_attribute attribute;
   memset(&attribute, 0, sizeof attribute);
   attribute.id = PROGRAMMATIC_STREAM_SERIALIZATION;
   attribute.value.flag = 1;
   launch_config config;
   memset(&config, 0, sizeof config);
-  config.grid[0] = slots;
-  config.grid[2] = (blocks + 65534) / 65535;
-  config.grid[1] = (blocks + config.grid[2] - 1) / config.grid[2];
-  config.block[0] = 32;
-  config.block[1] = block;
-  config.block[2] = 1;
+  memcpy(config.grid, shape.grid, sizeof config.grid);
+  memcpy(config.block, shape.block, sizeof config.block);
   config.stream = stream;
   config.attributes = &attribute;
   config.num_attributes = 1;
   void* arguments[] = {&p};
-  TRY(LaunchKernelEx(&config, function, arguments, 0));
+  TRY(LaunchKernelEx(&config, slot->kernels->function[shape.function], arguments, 0));
   return 0;
 }
 

@@ -40,7 +40,6 @@ typedef struct {
   int num_frac;
   qk_frac* frac;
   qk_pair* pairs;       // as many as frac
-  const char* no_cuda;  // names what the CUDA kernels do not run of this Spec, or null
   qk_slot* slots;
 } qk_plan;
 
@@ -54,6 +53,7 @@ typedef struct {
   float q_scale, k_scale;
   long long rotate_from, rotate_to;  // rotate_to < 0: to the end
   int early_weights;
+  int as_cuda;  // check as if the tensors were on CUDA: for the emulator of the tests
 } qk_call;
 
 // A call as the kernels see it: one part, or two where q and k walk different tokens or turn by
@@ -63,6 +63,7 @@ typedef struct {
   qk_params part[3];
   int num_parts;
   int device_type, device_id;
+  int general;  // CUDA: one of the parts is, or what the plain kernel does not run
 } qk_checked;
 
 // check.c. 0, or -1 with a TypeError or ValueError raised that names argument, got and expected.
@@ -83,6 +84,26 @@ int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* ker
 void qk_force_grid(int rows, int warps);
 int qk_rows(long long tokens, int q_heads, int k_heads, int groups, int most, int num_sms);
 int qk_block_warps(long long warps, int num_sms);
+
+// One launch: which of a cubin's functions, and its grid and block.
+typedef struct {
+  int function;
+  unsigned grid[3], block[3];
+} qk_grid;
+
+// The launch of one part, laid out: launcher.c, and launch_general.c where qk_checked.general.
+void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* call,
+                const qk_params* part, qk_launch* launch, qk_grid* grid, long long* answer);
+void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* call,
+                        const qk_params* part, qk_launch_general* launch, qk_grid* grid,
+                        long long* answer);
+// What the two share.
+void qk_fill_launch(const qk_params* part, int item, const qk_frac* frac, qk_launch* launch);
+int qk_choose_kernel(const qk_kernels* kernels, int aligned, int heads_of_q, int others,
+                     long long tokens, int head_dim, int* rows, long long* answer);
+int qk_shape_side(qk_launch_side* side, int rows, int head_dim);  // -> its slots in grid x
+void qk_shape_grid(const qk_kernels* kernels, unsigned tokens, int slots, int rows, int head_dim,
+                   qk_grid* grid);
 
 // view.c
 int qk_raise(const char* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));

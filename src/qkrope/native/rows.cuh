@@ -1,23 +1,9 @@
 // rows.cuh: where the channels of a head lie among the lanes, and how a lane's share of a row is
 // read, summed and written. The variant's macros come before it (see kernel.cu).
-#include "math.h"
-#include "params.h"
+#include "lanes.cuh"
 
 namespace {
 
-constexpr int kHeadDim = QK_HEAD_DIM, kRotary = QK_ROTARY_DIM;
-constexpr int kPairs = kHeadDim / 2, kRotatedPairs = kRotary / 2;
-constexpr bool kHalf = QK_PAIRING == QK_HALF;
-constexpr int kUnits = QK_LANE_UNITS(kHeadDim);
-constexpr int kLanes = QK_LANES(kHeadDim);
-constexpr int kGroups = QK_GROUPS(kHeadDim);
-constexpr int kPasses = QK_PASSES(kHeadDim);
-constexpr int kCount = kUnits * 4;  // pairs a lane
-// Held from before the wait, except where that would cost a spill.
-constexpr bool kEarlyFrac = kUnits != 2;
-constexpr bool kPowerOfTwo = (kLanes & (kLanes - 1)) == 0;
-constexpr bool kPartly = kRotary > 0 && kRotary < kHeadDim;
-constexpr unsigned kAllLanes = 0xffffffffu;
 // No lane holds rotated and unrotated pairs both.
 constexpr bool kWholeLanes = kRotatedPairs % kCount == 0;
 
@@ -25,10 +11,6 @@ constexpr bool kNormed = QK_Q_NORM == QK_NORM_RMS || QK_K_NORM == QK_NORM_RMS;
 // Where every channel turns, attention factor and a bad position's NaN go with the row's scale.
 constexpr bool kScaled =
     kRotary == kHeadDim && kNormed && (QK_ANGLE == QK_ANGLE_PHASE || QK_ANGLE == QK_ANGLE_INV_FREQ);
-
-static_assert(kHeadDim >= 2 && kHeadDim <= QK_MAX_HEAD_DIM && kHeadDim % 2 == 0, "head_dim");
-static_assert(kRotary >= 0 && kRotary <= kHeadDim && kRotary % 2 == 0, "rotary_dim");
-static_assert((QK_ANGLE == QK_ANGLE_NONE) == (kRotary == 0), "angle source");
 
 // The channels of pair j. The rotated pairs come first; the rest of the head is paired for company,
 // at the rotated pairs' distance where whole blocks of them fill it, so that a lane's two runs lie
@@ -48,75 +30,6 @@ __device__ __forceinline__ int channel_b(int j) {
 // Pair i of the lane whose first is `first`.
 __device__ __forceinline__ bool rotated(int first, int i) {
   return kRotary == kHeadDim || first + (kWholeLanes ? 0 : i) < kRotatedPairs;
-}
-
-// ---- elements ---------------------------------------------------------------------------------
-
-template <int kType>
-__device__ __forceinline__ float widen_half_word(unsigned word, bool high) {
-  if (kType == QK_BF16) return __uint_as_float(high ? word & 0xffff0000u : word << 16);
-  float x;
-  unsigned short bits = (unsigned short)(high ? word >> 16 : word);
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-  return x;
-}
-
-template <int kType>
-__device__ __forceinline__ float element(const unsigned* words, int e) {
-  if (kType == QK_F32) return __uint_as_float(words[e]);
-  return widen_half_word<kType>(words[e / 2], e & 1);
-}
-
-// Two floats rounded to nearest even, the first in the low half.
-template <int kType>
-__device__ __forceinline__ unsigned narrow_pair(float low, float high) {
-  unsigned word;
-  if (kType == QK_F16) {
-    asm("{ .reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h}; }"
-        : "=r"(word)
-        : "f"(low), "f"(high));
-    return word;
-  }
-#if __CUDA_ARCH__ >= 800
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#else
-  unsigned l = __float_as_uint(low), h = __float_as_uint(high);
-  l = low == low ? (l + 0x7fffu + ((l >> 16) & 1)) >> 16 : 0x7fffu;
-  h = high == high ? (h + 0x7fffu + ((h >> 16) & 1)) >> 16 : 0x7fffu;
-  word = l | h << 16;
-#endif
-  return word;
-}
-
-// kCount elements of kSize bytes at consecutive addresses, by loads of kBytes each.
-template <int kWords, int kBytes>
-__device__ __forceinline__ void load_run(const void* from, unsigned* words) {
-  if (kBytes == 16 && kWords % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kWords / 4; ++i) {
-      uint4 v = ((const uint4*)from)[i];
-      words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWords / 2; ++i) {
-      uint2 v = ((const uint2*)from)[i];
-      words[2 * i] = v.x, words[2 * i + 1] = v.y;
-    }
-  }
-}
-template <int kWords, int kBytes>
-__device__ __forceinline__ void store_run(void* to, const unsigned* words) {
-  if (kBytes == 16 && kWords % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kWords / 4; ++i)
-      ((uint4*)to)[i] =
-          make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWords / 2; ++i)
-      ((uint2*)to)[i] = make_uint2(words[2 * i], words[2 * i + 1]);
-  }
 }
 
 // A lane's share of one row (a head or a weight) of kType: kUnits * 4 pairs, channels a then b for

@@ -10,18 +10,8 @@ __device__ __forceinline__ void sincos_of_phase(int phase, float& s, float& c) {
     qk::sincos_phase(phase, s, c);
   } else {  // |x| <= pi: the hardware's error bound is flat there, 4.4e-7
     float x = __fmul_rn((float)phase, 1.46291807926715968e-9f);
-    asm("sin.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(x));
-    asm("cos.approx.ftz.f32 %0, %1;" : "=f"(c) : "f"(x));
+    sincos_by_hardware(x, s, c);
   }
-}
-
-#define QK_NAN __int_as_float(0x7fffffff)
-
-__device__ __forceinline__ float table_value(const void* table, int type, long long at) {
-  if (type == QK_F32) return ((const float*)table)[at];
-  unsigned word = ((const unsigned short*)table)[at];
-  return type == QK_BF16 ? widen_half_word<QK_BF16>(word, false)
-                         : widen_half_word<QK_F16>(word, false);
 }
 
 // The table is ours and aligned, so two entries make a 16-byte load.

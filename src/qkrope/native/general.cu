@@ -1,0 +1,362 @@
+// general.cu: the kernel of every Spec and call that kernel.cu does not run. Lanes share a head as
+// there, in the same five phases; a variant with a norm of whole rows keeps all heads of a token in
+// one block, whose warps add their sums through shared memory. The macros QK_HEAD_DIM,
+// QK_ROTARY_DIM, QK_PAIRING, QK_DTYPE, QK_ANGLE, QK_VECTOR_BYTES, QK_OFFSET, QK_DISTANCE,
+// QK_OUTPUT_HALF, QK_ROPE_FIRST, QK_REVERSE, QK_AXES, QK_AXIS_PAIRS, QK_AXES_INTERLEAVED, QK_SIDES,
+// QK_HAS_V are the variant.
+#include "options.cuh"
+
+namespace {
+
+// What a group of lanes serves: heads `head`, `head` + step and so on below `end`, of one token.
+struct Work {
+  int side, head, step, end;
+  int first, rank, base;  // base: lane 0 of the group
+  int team_begin, team_warps, chunks;
+  bool turns;  // this token
+  unsigned token;
+};
+
+// Byte offsets of the token in x, y and pos, offsets in elements in the others.
+struct Token {
+  long long x, y, pos, cos, sin, scale;
+};
+
+__device__ __forceinline__ Token locate(const qk_launch_general& p, int side, unsigned token) {
+  Token t = {0, 0, 0, 0, 0, 0};
+  const qk_launch& plain = p.plain;
+#pragma unroll 1
+  for (int d = plain.ndim - 1; d >= 0; --d) {
+    unsigned i = d ? token % plain.size[d] : token;
+    if (d) token /= plain.size[d];
+    t.x += i * p.x_dim[side][d], t.y += i * p.y_dim[side][d];
+    t.pos += i * plain.pos_dim[d];
+    t.cos += i * plain.cos_dim[d], t.sin += i * plain.sin_dim[d];
+    t.scale += i * p.more[side].scale_dim[d];
+  }
+  return t;
+}
+
+// A lane's share of a head as it lies in memory.
+template <int kBytes>
+struct Row {
+  static constexpr int kSize = QK_DTYPE == QK_F32 ? 4 : 2;
+  static constexpr int kWords = kCount * 2 * kSize / 4;
+  unsigned words[kWords];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = 0;
+  }
+  __device__ __forceinline__ void load(const char* from, int first) {
+    if constexpr (kBytes > 0 && kTwoRuns) {
+      load_run<kWords / 2, kBytes>(from + in_a(first) * kSize, words);
+      load_run<kWords / 2, kBytes>(from + in_b(first) * kSize, words + kWords / 2);
+    } else if constexpr (kBytes > 0) {
+      load_run<kWords, kBytes>(from + in_a(first) * kSize, words);
+    } else {
+      clear();
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (!is_there(first, i)) continue;
+        put(i, from, in_a(first + i)), put(kCount + i, from, in_b(first + i));
+      }
+    }
+  }
+  __device__ __forceinline__ Values values() const {
+    constexpr bool kInOrder = kBytes > 0 && !kTwoRuns;
+    Values v;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      v.a[i] = element<QK_DTYPE>(words, kInOrder ? 2 * i : i);
+      v.b[i] = element<QK_DTYPE>(words, kInOrder ? 2 * i + 1 : kCount + i);
+    }
+    return v;
+  }
+  __device__ __forceinline__ static void store(char* to, int first, const Values& v) {
+    if constexpr (kBytes > 0) {
+      unsigned out[kWords];
+      if (kTwoRuns || (kMoves && rotated(first))) {
+        pack(out, [&](int e) { return e < kCount ? v.a[e % kCount] : v.b[e % kCount]; });
+        store_run<kWords / 2, kBytes>(to + out_a(first) * kSize, out);
+        store_run<kWords / 2, kBytes>(to + out_b(first) * kSize, out + kWords / 2);
+      } else {
+        pack(out, [&](int e) { return e % 2 ? v.b[e / 2] : v.a[e / 2]; });
+        store_run<kWords, kBytes>(to + out_a(first) * kSize, out);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (!is_there(first, i)) continue;
+        take(v.a[i], to, out_a(first + i)), take(v.b[i], to, out_b(first + i));
+      }
+    }
+  }
+
+ private:
+  template <typename Element>
+  __device__ __forceinline__ static void pack(unsigned (&out)[kWords], Element&& element_of) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      out[i] = kSize == 4 ? __float_as_uint(element_of(i))
+                          : narrow_pair<QK_DTYPE>(element_of(2 * i % (2 * kCount)),
+                                                  element_of((2 * i + 1) % (2 * kCount)));
+  }
+  __device__ __forceinline__ void put(int e, const char* from, int channel) {
+    if (kSize == 4)
+      words[e * kSize / 4] = ((const unsigned*)from)[channel];
+    else
+      words[e / 2] |= (unsigned)((const unsigned short*)from)[channel] << (e % 2 * 16);
+  }
+  __device__ __forceinline__ static void take(float x, char* to, int channel) {
+    if (kSize == 4)
+      ((float*)to)[channel] = x;
+    else
+      ((unsigned short*)to)[channel] = (unsigned short)narrow_pair<QK_DTYPE>(x, x);
+  }
+};
+
+// The sum over a token's warps of what each lane has, in an order that is the same for any batch.
+// All threads of the block call it; `which` may not be the same twice without a barrier between.
+[[maybe_unused]] __device__ __forceinline__ float team_sum(float x, const Work& work, int which) {
+  __shared__ float sums[2][QK_TEAM_WARPS(kHeadDim)];
+#pragma unroll
+  for (int step = 16; step; step /= 2) x = qk::add(x, __shfl_xor_sync(kAllLanes, x, step));
+  if (threadIdx.x == 0) sums[which][threadIdx.y] = x;
+  __syncthreads();
+  float total = 0.0f;
+  for (int i = 0; i < work.team_warps; ++i) total = qk::add(total, sums[which][work.team_begin + i]);
+  return total;
+}
+
+// The sum over all heads of a token of x - mean, or of its squares; `values` gives row i of those
+// from `head` on, which `load` brings where they are not all held at once.
+template <bool kSquares, int kRows, typename Load, typename Value>
+__device__ __forceinline__ float row_sum(const Work& work, Load& load, Value& values,
+                                         const Span& span, float mean) {
+  float total = 0.0f;
+  for (int chunk = 0; chunk < work.chunks; ++chunk) {
+    const int head = work.head + chunk * kRows * work.step;
+    if (work.chunks > 1) load(head);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int h = head + i * work.step;
+      const float part = lane_sum<kSquares>(values(i, h), span, mean);
+      total = qk::add(total, h < work.end ? part : 0.0f);
+    }
+  }
+  return team_sum(total, work, kSquares);
+}
+
+// The statistic of each head that a group of lanes holds, over so many channels.
+template <int kNorm, int kRounding, int kRows, typename Value>
+__device__ __forceinline__ void statistics(const Work& work, Value& values, const Span& span,
+                                           int channels, float eps, int head,
+                                           Statistic (&to)[kRows]) {
+  float sums[kRows];
+  if (kNorm == QK_NORM_LAYER) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      sums[i] = lane_sum<false>(values(i, head + i * work.step), span, 0.0f);
+    group_sums(sums, work.base, work.rank);
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    to[i].mean = kNorm == QK_NORM_LAYER ? __fdiv_rn(sums[i], (float)channels) : 0.0f;
+    sums[i] = lane_sum<true>(values(i, head + i * work.step), span, to[i].mean);
+  }
+  group_sums(sums, work.base, work.rank);
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    to[i].by = scale_by<kNorm, kRounding>(sums[i], (float)channels, eps);
+}
+
+template <int kSide, int kBytes, int kRows>
+__device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launch_side& side,
+                                      const Work& work) {
+  using Is = Of<kSide>;
+  constexpr bool kPhase = QK_ANGLE == QK_ANGLE_PHASE, kTable = QK_ANGLE == QK_ANGLE_TABLE;
+  const qk_launch_extra& more = p.more[work.side];
+  const int first = work.first;
+  const Token at = locate(p, work.side, work.token);
+
+  // 2. What no earlier kernel on the stream can have written, before waiting for that kernel.
+  qk_frac frac[kCount];
+  Values weight;
+  unsigned bad_pairs = 0;
+  const bool early = p.plain.early_weights && !more.weight_head;
+  if (Is::kTurns && kPhase && kEarlyFrac) read_frac(p.plain, first, frac);
+  if (Is::kNorm != QK_NORM_NONE && early)
+    read_weight<kSide, kBytes>(side, more, 0, first, weight);
+  wait_for_previous();
+
+  // 3. Load: the position, on which the angles wait, and every head in flight at once.
+  Place place = {{}, false};
+  if (Is::kTurns && work.turns) place = read_place(p, p.plain.pos + at.pos);
+  Row<kBytes> rows[kRows];
+  auto load = [&](int head) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      rows[i].clear();
+      const int h = head + i * work.step;
+      if (h < work.end) rows[i].load(side.x + at.x + h * side.x_head, first);
+    }
+  };
+  load(work.head);
+  if (Is::kNorm != QK_NORM_NONE && !early && !more.weight_head)
+    read_weight<kSide, kBytes>(side, more, 0, first, weight);
+
+  // 4. Angles: once for the token, unless each head has its own.
+  Angles angles;
+  auto set_angles = [&](int head) {
+    if (kTable)
+      angles_of_table<kSide>(p.plain, place, at.cos + head * p.cos_head,
+                             at.sin + head * p.sin_head, first, angles);
+    else
+      angles_of_phase<kSide>(place, p.plain.attention_factor, first, frac, bad_pairs, angles);
+  };
+  if (Is::kTurns && !(kPhase && kEarlyFrac)) bad_pairs = read_frac(p.plain, first, frac);
+  if (Is::kTurns && work.turns && !p.table_heads) set_angles(0);
+  auto turned = [&](Values& v, int head) {
+    if (!Is::kTurns || !work.turns) return;
+    if (p.table_heads) set_angles(head < work.end ? head : work.head);
+    turn<kSide>(angles, first, v);
+  };
+  // Row i as the norm sees it.
+  auto values = [&](int i, int head) {
+    Values v = rows[i].values();
+    if (QK_ROPE_FIRST) turned(v, head);
+    return v;
+  };
+
+  // 5. Finish: the statistic, of a row first; then head by head normalise, rotate and store.
+  const Span span = span_of<kSide, false>(first), others = span_of<kSide, true>(first);
+  Statistic whole[kRows] = {}, rest[kRows] = {};
+  if constexpr (Is::kRow) {
+    const float count = (float)side.heads * kHeadDim;
+    Statistic all = {0.0f, 0.0f};
+    if (Is::kNorm == QK_NORM_LAYER)
+      all.mean = __fdiv_rn(row_sum<false, kRows>(work, load, values, span, 0.0f), count);
+    const float squares = row_sum<true, kRows>(work, load, values, span, all.mean);
+    all.by = scale_by<Is::kNorm, Is::kSpec.round_norm>(squares, count, side.eps);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) whole[i] = all;
+  }
+  for (int chunk = 0; chunk < (kTeams ? work.chunks : 1); ++chunk) {
+    const int head = work.head + chunk * kRows * work.step;
+    if (kTeams && work.chunks > 1) load(head);
+    if constexpr (Is::kNorm != QK_NORM_NONE && !Is::kRow)
+      statistics<Is::kNorm, Is::kSpec.round_norm>(work, values, span, Is::kSpec.dim, side.eps, head,
+                                                  whole);
+    if constexpr (Is::kRest != QK_NORM_NONE)
+      statistics<Is::kRest, Is::kSpec.round_norm>(work, values, others, kHeadDim - Is::kSpec.dim,
+                                                  more.rest_eps, head, rest);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int h = head + i * work.step;
+      if (h >= work.end) continue;
+      Values v = values(i, h);
+      if constexpr (Is::kNorm != QK_NORM_NONE) {
+        Values bias;
+        if (more.weight_head) read_weight<kSide, kBytes>(side, more, h, first, weight);
+        if (more.bias) {
+          const char* row = row_of(more.bias, more.bias_dtype, h * more.bias_head);
+          read_channels<kSide, kBytes>(row, more.bias_dtype, first, 0.0f, bias);
+        }
+        normalise_all<kSide>(v, span, whole[i], rest[i], weight, bias, more.bias);
+      }
+      if (more.scale_of || more.scale != 1.0f) scale_all<kSide>(more, at.scale, h, first, v);
+      if (!QK_ROPE_FIRST) turned(v, h);
+      Row<kBytes>::store(side.y + at.y + h * side.y_head, first, v);
+    }
+  }
+}
+
+template <int kBytes, int kRows>
+__device__ __forceinline__ void run(const qk_launch_general& p) {
+  release_next();
+
+  // 1. Place: which token, which heads of q, k or v, which pairs of a head.
+  Work work;
+  const int group = threadIdx.x / kLanes;
+  work.rank = threadIdx.x % kLanes, work.first = work.rank * kCount, work.base = group * kLanes;
+  work.team_begin = work.team_warps = work.chunks = 1;
+  unsigned token;
+  bool idle = group >= kGroups;
+  if (kTeams) {
+    const long long block = (long long)blockIdx.y * gridDim.x + blockIdx.x;
+    work.side = block < p.first_block[kK] ? kQ : !QK_HAS_V || block < p.first_block[kV] ? kK : kV;
+    work.team_warps = p.team_warps[work.side];
+    if (!work.team_warps) return;  // the whole block: one too many of a grid in two dimensions
+    const unsigned teams = blockDim.y / work.team_warps, team = threadIdx.y / work.team_warps;
+    const long long at = (block - p.first_block[work.side]) * teams + team;
+    work.team_begin = team * work.team_warps;
+    work.step = work.team_warps * kGroups;
+    work.head = ((int)threadIdx.y - work.team_begin) * kGroups + group;
+    // Warps without a token stay for the barriers.
+    idle |= team >= teams || at >= p.plain.tokens;
+    if (team >= teams) work.team_begin = 0;
+    token = idle && at >= p.plain.tokens ? p.plain.tokens - 1 : (unsigned)at;
+  } else {
+    constexpr bool kOnTokens = QK_ON_TOKENS(kHeadDim, kRows);
+    const int x = blockIdx.x;
+    work.side = x < p.plain.q_slots ? kQ : !QK_HAS_V || x < p.k_slots ? kK : kV;
+    token = (blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
+    if (kOnTokens) token *= kGroups;
+    if (token >= p.plain.tokens) return;  // the whole warp
+    int slot = x - (work.side == kQ ? 0 : work.side == kK ? p.plain.q_slots : p.k_slots);
+    if (kOnTokens)
+      token += group;
+    else
+      slot = slot * kGroups + group;
+    idle |= token >= p.plain.tokens;
+    token = min(token, p.plain.tokens - 1);
+    work.step = 1, work.head = slot;  // of so many passes, below
+  }
+  const qk_launch_side& side = work.side == kV ? p.v : p.plain.side[work.side];
+  if (kTeams) {
+    const int heads = work.step * kRows;
+    work.chunks = (side.heads + heads - 1) / heads;
+    work.end = side.heads;
+  } else {
+    work.head *= side.passes;
+    work.end = min(side.heads, work.head + side.passes);
+  }
+  if (idle) work.end = 0;
+  work.token = token;
+  work.turns = true;
+  if (p.ranged) {
+    const unsigned index = token % p.last_size;
+    work.turns = index >= p.rotate_from && index < p.rotate_to;
+  }
+
+  const int kind = work.side == kQ ? kQ : work.side == kK ? kind_of(kK) : kind_of(kV);
+  if (kind == kQ) return serve<kQ, kBytes, kRows>(p, side, work);
+  if constexpr (kind_of(kK) == kK)
+    if (kind == kK) return serve<kK, kBytes, kRows>(p, side, work);
+  if constexpr (QK_HAS_V && kind_of(kV) == kV)
+    if (kind == kV) serve<kV, kBytes, kRows>(p, side, work);
+}
+
+// Registers a thread may have: of a team, what lets its largest block start.
+[[maybe_unused]] constexpr int kRegisters = kTeams && kUnits < 4 ? 128 : kUnits == 1 ? 128 : 255;
+
+}  // namespace
+
+#define QK_KERNEL(name, bytes, rows)                                          \
+  extern "C" __global__ void __maxnreg__(kRegisters)                          \
+      name(const __grid_constant__ qk_launch_general p) {                     \
+    run<bytes, rows>(p);                                                      \
+  }
+
+#if QK_VECTOR_BYTES
+QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, kTeams ? QK_TEAM_ROWS(kHeadDim) : 1)
+#if !QK_ROWS
+QK_KERNEL(qkrope_vector2, QK_VECTOR_BYTES, 2)
+#if QK_PASSES(QK_HEAD_DIM) == 4
+QK_KERNEL(qkrope_vector4, QK_VECTOR_BYTES, 4)
+#endif
+#endif
+#endif
+QK_KERNEL(qkrope_scalar, 0, kTeams ? QK_TEAM_ROWS(kHeadDim) : kPasses)
+static_assert(QK_ROWS == kTeams, "scope");

@@ -1,0 +1,151 @@
+// launch_general.c: lays out the launch of general.cu.
+#include <stdint.h>
+#include <string.h>
+
+#include "plan.h"
+
+enum { Q, K, V, SIDES };
+
+static int size_of(int dtype) { return dtype == QK_F32 ? 4 : 2; }
+
+static qk_launch_side* side_of(qk_launch_general* p, int side) {
+  return side == V ? &p->v : &p->plain.side[side];
+}
+
+static void fill_side(const qk_params* p, const qk_side* from, int item, int weight_dtype, int side,
+                      qk_launch_general* out) {
+  qk_launch_side* to = side_of(out, side);
+  qk_launch_extra* more = &out->more[side];
+  if (!from->heads) return;
+  to->heads = from->heads;
+  to->x = (const char*)from->x;
+  to->y = (char*)from->y;
+  to->weight = from->weight;
+  to->x_head = from->x_head * item;
+  to->y_head = from->y_head * item;
+  to->eps = from->eps;
+  to->weight_offset = from->weight_offset;
+  more->bias = from->bias;
+  more->scale_of = from->scale_of;
+  more->weight_head = from->weight_head;
+  more->bias_head = from->bias_head;
+  more->scale_head = from->scale_head;
+  more->scale_channel = from->scale_channel;
+  more->weight_dtype = weight_dtype;
+  more->bias_dtype = from->bias_dtype;
+  more->scale_dtype = from->scale_dtype;
+  more->scale = from->scale;
+  more->rest_eps = from->rest_eps;
+  more->rest_offset = from->rest_offset;
+  for (int d = 0; d < p->ndim; ++d) {
+    out->x_dim[side][d] = from->x_dim[d] * item;
+    out->y_dim[side][d] = from->y_dim[d] * item;
+    more->scale_dim[d] = from->scale_dim[d];
+  }
+}
+
+static void fill(const qk_variant* v, const qk_params* p, const qk_frac* frac,
+                 qk_launch_general* out) {
+  const qk_side* sides[] = {&p->q, &p->k, &p->v};
+  const int weights[] = {v->q_weight_dtype, v->k_weight_dtype, v->v_weight_dtype};
+  const int item = size_of(v->dtype);
+  memset(out, 0, sizeof *out);
+  qk_fill_launch(p, item, frac, &out->plain);
+  for (int i = 0; i < SIDES; ++i) fill_side(p, sides[i], item, weights[i], i, out);
+  out->pos_axis = p->pos_axis * (p->pos_wide ? 8 : 4);
+  out->cos_head = p->cos_head;
+  out->sin_head = p->sin_head;
+  out->table_heads = p->table_heads;
+  out->ranged = p->rotate_from != 0 || p->rotate_to != p->last_size;
+  out->last_size = (unsigned)p->last_size;
+  out->rotate_from = (unsigned)p->rotate_from;
+  out->rotate_to = (unsigned)p->rotate_to;
+}
+
+// Whether rows, weights and biases may be read by the variant's vector loads.
+static int is_aligned(const qk_checked* c, qk_launch_general* p) {
+  const qk_variant* v = &c->variant;
+  const int lane = QK_LANE_UNITS(v->head_dim) * 4 * (v->pairing == QK_INTERLEAVED ? 2 : 1);
+  long long rows = 0, eights = 0, sixteens = 0;
+  for (int i = 0; i < SIDES; ++i) {
+    const qk_launch_side* s = side_of(p, i);
+    const qk_launch_extra* more = &p->more[i];
+    if (!s->heads) continue;
+    rows |= (long long)(uintptr_t)s->x | (long long)(uintptr_t)s->y | s->x_head | s->y_head;
+    for (int d = 0; d < p->plain.ndim; ++d) rows |= p->x_dim[i][d] | p->y_dim[i][d];
+    const struct {
+      const void* data;
+      long long head;
+      int dtype;
+    } read[] = {{s->weight, more->weight_head, more->weight_dtype},
+                {more->bias, more->bias_head, more->bias_dtype}};
+    for (int j = 0; j < 2; ++j) {
+      if (!read[j].data) continue;
+      const int size = size_of(read[j].dtype);
+      const long long bits = (long long)(uintptr_t)read[j].data | read[j].head * size;
+      if (lane * size == 8)
+        eights |= bits;
+      else
+        sixteens |= bits;
+    }
+  }
+  if (lane * size_of(v->dtype) == 8)
+    eights |= rows;
+  else
+    sixteens |= rows;
+  return !(eights & 7) && !(sixteens & 15);
+}
+
+static int is_row(const qk_side_variant* s) { return s->row && s->norm != QK_NORM_NONE; }
+
+// A norm of whole rows: as many warps for a token as hold all its heads at once, or the most there
+// may be. That depends on the number of heads only, so that no batch changes a sum.
+static void shape_teams(const qk_kernels* kernels, const qk_checked* c, qk_launch_general* p,
+                        qk_grid* out) {
+  const int head_dim = c->variant.head_dim, most = QK_TEAM_WARPS(head_dim);
+  const int heads_a_warp = QK_GROUPS(head_dim) * QK_TEAM_ROWS(head_dim);
+  int block = 1;
+  for (int i = 0; i < SIDES; ++i) {
+    const int needed = (side_of(p, i)->heads + heads_a_warp - 1) / heads_a_warp;
+    p->team_warps[i] = needed > most ? most : needed;
+    if (p->team_warps[i] > block) block = p->team_warps[i];
+  }
+  // Short rows: several tokens a block once every multiprocessor has some.
+  if (block < 4 && p->plain.tokens > 8u * kernels->num_sms) block = 4 / block * block;
+  long long blocks = 0;
+  for (int i = 0; i < SIDES; ++i) {
+    p->first_block[i] = blocks;
+    if (!p->team_warps[i]) continue;
+    const int tokens = block / p->team_warps[i];  // of a block
+    blocks += (p->plain.tokens + (long long)tokens - 1) / tokens;
+  }
+  out->grid[1] = (unsigned)((blocks + INT32_MAX - 1) / INT32_MAX);
+  out->grid[0] = (unsigned)((blocks + out->grid[1] - 1) / out->grid[1]);
+  out->grid[2] = 1;
+  out->block[0] = 32;
+  out->block[1] = block;
+  out->block[2] = 1;
+}
+
+void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
+                        const qk_params* params, qk_launch_general* p, qk_grid* out,
+                        long long* answer) {
+  const qk_variant* v = &c->variant;
+  const int head_dim = v->head_dim;
+  int rows;
+  fill(v, params, frac, p);
+  const int aligned = is_aligned(c, p);
+  out->function =
+      qk_choose_kernel(kernels, aligned, p->plain.side[Q].heads,
+                       p->plain.side[K].heads + p->v.heads, p->plain.tokens, head_dim, &rows,
+                       answer);
+  if (is_row(&v->q) || is_row(&v->k) || is_row(&v->v)) {
+    if (out->function != QK_SCALAR) out->function = 0;  // the only other one
+    shape_teams(kernels, c, p, out);
+    return;
+  }
+  p->plain.q_slots = qk_shape_side(&p->plain.side[Q], rows, head_dim);
+  p->k_slots = p->plain.q_slots + qk_shape_side(&p->plain.side[K], rows, head_dim);
+  const int slots = p->k_slots + qk_shape_side(&p->v, rows, head_dim);
+  qk_shape_grid(kernels, p->plain.tokens, slots, rows, head_dim, out);
+}

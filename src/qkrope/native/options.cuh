@@ -1,0 +1,396 @@
+// options.cuh: what a variant does to a head beyond the plain norm and rotation: each kind of norm
+// and rounding, weights, biases and scales, angles by axis, by table and by head. What the Spec says
+// of q, k and v is compiled in, what a call brings is asked for as it runs.
+#include "channels.cuh"
+
+namespace {
+
+enum { kQ, kK, kV };
+
+struct SideSpec {
+  int norm, row, dim, rest, weight_dim, round_norm, round_turn;
+};
+constexpr SideSpec kSides[3] = {QK_SIDES};
+
+__device__ constexpr bool fits(const SideSpec& s) {
+  return s.dim >= 2 && s.dim <= kHeadDim && (!s.row || s.dim == kHeadDim) &&
+         (s.dim < kHeadDim || s.rest == QK_NORM_NONE) &&
+         s.weight_dim == (s.rest == QK_NORM_NONE ? s.dim : kHeadDim) &&
+         (s.round_norm == QK_ROUND_ONCE) == (s.round_turn == QK_TURN_ONCE);
+}
+static_assert(fits(kSides[kQ]) && fits(kSides[kK]) && fits(kSides[kV]), "norm");
+
+// Sides of one kind share their code: the number of the first.
+__device__ constexpr bool alike(int i, int j) {
+  const SideSpec &s = kSides[i], &t = kSides[j];
+  return s.norm == t.norm && s.row == t.row && s.dim == t.dim && s.rest == t.rest &&
+         s.weight_dim == t.weight_dim && s.round_norm == t.round_norm &&
+         s.round_turn == t.round_turn && (!kRotates || (i == kV) == (j == kV));
+}
+__device__ constexpr int kind_of(int side) {
+  return side > kQ && alike(kQ, side) ? kQ : side > kK && alike(kK, side) ? kK : side;
+}
+
+// A norm of a row of heads needs all warps of its token (kTeams), which then stay in one block.
+constexpr bool kTeams = (kSides[kQ].row && kSides[kQ].norm != QK_NORM_NONE) ||
+                        (kSides[kK].row && kSides[kK].norm != QK_NORM_NONE) ||
+                        (kSides[kV].row && kSides[kV].norm != QK_NORM_NONE);
+
+template <int kSide>
+struct Of {
+  static constexpr SideSpec kSpec = kSides[kSide];
+  static constexpr int kNorm = kSpec.norm, kRest = kSpec.rest;
+  static constexpr bool kTurns = kRotates && kSide != kV;
+  static constexpr bool kRow = kSpec.row && kNorm != QK_NORM_NONE;
+  static constexpr bool kWhole = kSpec.dim == kHeadDim;
+  static constexpr bool kRounds = kSpec.round_norm != QK_ROUND_ONCE;
+  static constexpr bool kSteps = kRounds && kSpec.round_norm != QK_ROUND_B;
+  static constexpr bool kRoundedAngle =
+      kSpec.round_turn == QK_TURN_B || kSpec.round_turn == QK_TURN_H;
+};
+
+struct Round {
+  __device__ __forceinline__ static float round(float x) {
+    if (QK_DTYPE == QK_F32) return x;
+    return widen_half_word<QK_DTYPE>(narrow_pair<QK_DTYPE>(x, x), false);
+  }
+};
+
+// A lane's share of a head: the channels a and b of its pairs.
+struct Values {
+  float a[kCount], b[kCount];
+};
+
+__device__ __forceinline__ bool is_there(int first, int i) {
+  return kFullLanes || first + i < kPairs;
+}
+
+// ---- weights and biases -----------------------------------------------------------------------
+
+template <int kMany>
+__device__ __forceinline__ void read_run(const char* row, int type, int channel, float* to) {
+  if (type == QK_F32) {
+    unsigned words[kMany];
+    load_run<kMany, 16>(row + channel * 4, words);
+#pragma unroll
+    for (int i = 0; i < kMany; ++i) to[i] = __uint_as_float(words[i]);
+    return;
+  }
+  unsigned words[kMany / 2];
+  load_run<kMany / 2, 16>(row + channel * 2, words);
+#pragma unroll
+  for (int i = 0; i < kMany; ++i)
+    to[i] = type == QK_BF16 ? element<QK_BF16>(words, i) : element<QK_F16>(words, i);
+}
+
+// The channels below weight_dim of a weight or bias; the others are `absent`.
+template <int kSide, int kBytes>
+__device__ __forceinline__ void read_channels(const char* row, int type, int first, float absent,
+                                              Values& to) {
+  constexpr int kDim = Of<kSide>::kSpec.weight_dim, kRun = kTwoRuns ? kCount : 2 * kCount;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to.a[i] = to.b[i] = absent;
+  if constexpr (kBytes > 0 && kDim % kRun == 0 && !(QK_ROPE_FIRST && kMoves)) {
+    if constexpr (kTwoRuns) {
+      if (kDim == kHeadDim || in_a(first) < kDim) read_run<kCount>(row, type, in_a(first), to.a);
+      if (kDim == kHeadDim || in_b(first) < kDim) read_run<kCount>(row, type, in_b(first), to.b);
+    } else if (kDim == kHeadDim || in_a(first) < kDim) {
+      float both[2 * kCount];
+      read_run<2 * kCount>(row, type, in_a(first), both);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) to.a[i] = both[2 * i], to.b[i] = both[2 * i + 1];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!is_there(first, i)) continue;
+      const int a = norm_a(first + i), b = norm_b(first + i);
+      if (kDim == kHeadDim || a < kDim) to.a[i] = table_value(row, type, a);
+      if (kDim == kHeadDim || b < kDim) to.b[i] = table_value(row, type, b);
+    }
+  }
+}
+
+__device__ __forceinline__ const char* row_of(const void* base, int type, long long elements) {
+  return (const char*)base + elements * (type == QK_F32 ? 4 : 2);
+}
+
+template <int kSide, int kBytes>
+__device__ __forceinline__ void read_weight(const qk_launch_side& side, const qk_launch_extra& more,
+                                            int head, int first, Values& w) {
+  using Is = Of<kSide>;
+  if (!side.weight) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) w.a[i] = w.b[i] = 1.0f;
+    return;
+  }
+  const char* row = row_of(side.weight, more.weight_dtype, head * more.weight_head);
+  read_channels<kSide, kBytes>(row, more.weight_dtype, first, 1.0f, w);
+  const float offset = side.weight_offset, other = more.rest_offset;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const bool a = Is::kWhole || norm_a(first + i) < Is::kSpec.dim;
+    const bool b = Is::kWhole || norm_b(first + i) < Is::kSpec.dim;
+    w.a[i] = qk::effective_weight(w.a[i], a ? offset : other);
+    w.b[i] = qk::effective_weight(w.b[i], b ? offset : other);
+    if (Is::kSteps) w.a[i] = Round::round(w.a[i]), w.b[i] = Round::round(w.b[i]);
+  }
+}
+
+// ---- statistics -------------------------------------------------------------------------------
+
+// A bit for each of the lane's channels that a statistic is of: below `dim`, or (kRest) from it on.
+struct Span {
+  unsigned a, b;
+};
+template <int kSide, bool kRest>
+__device__ __forceinline__ Span span_of(int first) {
+  using Is = Of<kSide>;
+  if (Is::kWhole && kFullLanes) return {~0u, ~0u};
+  Span span = {0, 0};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (!is_there(first, i)) continue;
+    const bool a = norm_a(first + i) < Is::kSpec.dim, b = norm_b(first + i) < Is::kSpec.dim;
+    span.a |= (unsigned)(a != kRest) << i, span.b |= (unsigned)(b != kRest) << i;
+  }
+  return span;
+}
+
+// The lane's part of the sum of x - mean, or of its squares. Units are summed on their own and then
+// pairwise, as group_sums goes on across lanes.
+template <bool kSquares>
+__device__ __forceinline__ float lane_sum(const Values& v, const Span& span, float mean) {
+  float unit[kUnits];
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    float sum_a = 0.0f, sum_b = 0.0f;
+#pragma unroll
+    for (int i = 4 * u; i < 4 * u + 4; ++i) {
+      const float a = span.a >> i & 1 ? qk::add(v.a[i], -mean) : 0.0f;
+      const float b = span.b >> i & 1 ? qk::add(v.b[i], -mean) : 0.0f;
+      sum_a = kSquares ? qk::fma(a, a, sum_a) : qk::add(a, sum_a);
+      sum_b = kSquares ? qk::fma(b, b, sum_b) : qk::add(b, sum_b);
+    }
+    unit[u] = qk::add(sum_a, sum_b);
+  }
+#pragma unroll
+  for (int step = 1; step < kUnits; step *= 2)
+#pragma unroll
+    for (int u = 0; u + step < kUnits; u += 2 * step) unit[u] = qk::add(unit[u], unit[u + step]);
+  return unit[0];
+}
+
+// What a deviation from the mean is multiplied with, or (an l2 norm in steps) divided by.
+template <int kNorm, int kRounding>
+__device__ __forceinline__ float scale_by(float squares, float count, float eps) {
+  float by;
+  if (kNorm == QK_NORM_L2) {
+    const float length = __fsqrt_rn(squares);
+    by = length < eps ? eps : length;  // a NaN stays
+    if (kRounding != QK_ROUND_C) by = __frcp_rn(by);
+  } else {
+    by = __frsqrt_rn(qk::add(__fdiv_rn(squares, count), eps));
+  }
+  return kRounding == QK_ROUND_C ? Round::round(by) : by;
+}
+
+struct Statistic {
+  float mean, by;
+};
+
+template <int kNorm, int kRounding>
+__device__ __forceinline__ float normalise(float x, const Statistic& s, float weight, float bias,
+                                           bool has_bias) {
+  if (kNorm == QK_NORM_NONE) return x;
+  constexpr bool kDivides = kNorm == QK_NORM_L2 && kRounding == QK_ROUND_C;
+  if (kRounding == QK_ROUND_A || kRounding == QK_ROUND_C)
+    x = qk::normalise_by_steps<Round>(x, s.mean, s.by, kDivides, weight);
+  else
+    x = qk::mul(qk::mul(qk::add(x, -s.mean), s.by), weight);
+  if (has_bias) x = qk::add(x, bias);
+  return kRounding == QK_ROUND_ONCE ? x : Round::round(x);
+}
+
+// ((x - mean) * by * weight + bias), each channel by the statistic of its span.
+template <int kSide>
+__device__ __forceinline__ void normalise_all(Values& v, const Span& span, const Statistic& whole,
+                                              const Statistic& rest, const Values& weight,
+                                              const Values& bias, bool has_bias) {
+  using Is = Of<kSide>;
+  constexpr int kRounding = Is::kSpec.round_norm;
+  auto one = [&](float x, bool in_whole, float w, float b) {
+    const float y = normalise<Is::kNorm, kRounding>(x, whole, w, b, has_bias);
+    if (Is::kWhole) return y;
+    return in_whole ? y : normalise<Is::kRest, kRounding>(x, rest, w, b, has_bias);
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    v.a[i] = one(v.a[i], span.a >> i & 1, weight.a[i], has_bias ? bias.a[i] : 0.0f);
+    v.b[i] = one(v.b[i], span.b >> i & 1, weight.b[i], has_bias ? bias.b[i] : 0.0f);
+  }
+}
+
+// What a call multiplies the normalised head with: a number, or a tensor's element for each channel.
+template <int kSide>
+__device__ __forceinline__ void scale_all(const qk_launch_extra& more, long long token, int head,
+                                          int first, Values& v) {
+  const long long at = token + head * more.scale_head;
+  auto scale = [&](int channel) {
+    if (!more.scale_of) return more.scale;
+    return table_value(more.scale_of, more.scale_dtype, at + channel * more.scale_channel);
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (!is_there(first, i)) continue;
+    v.a[i] = qk::mul(v.a[i], scale(norm_a(first + i)));
+    v.b[i] = qk::mul(v.b[i], scale(norm_b(first + i)));
+    if (Of<kSide>::kRounds) v.a[i] = Round::round(v.a[i]), v.b[i] = Round::round(v.b[i]);
+  }
+}
+
+// ---- angles -----------------------------------------------------------------------------------
+
+// The positions of a token on each axis.
+struct Place {
+  int on_axis[kAxes ? kAxes : 1];
+  bool bad;
+};
+
+__device__ __forceinline__ Place read_place(const qk_launch_general& p, const char* pos) {
+  Place place = {{}, false};
+  if (QK_ANGLE == QK_ANGLE_TABLE && !p.plain.pos) return place;
+#pragma unroll
+  for (int a = 0; a < (kAxes ? kAxes : 1); ++a) {
+    const int* at = (const int*)(pos + a * p.pos_axis);
+    const int position = place.on_axis[a] = at[0];
+    if (p.plain.pos_wide) place.bad |= at[1] != position >> 31;
+    if (QK_ANGLE == QK_ANGLE_TABLE) place.bad |= position < 0 || position >= p.plain.table_rows;
+  }
+  return place;
+}
+
+// Cosine and sine of both channels of a lane's pairs; they differ only in a caller's full table.
+struct Angles {
+  static constexpr bool kFull = QK_ANGLE == QK_ANGLE_TABLE;
+  float cos_a[kCount], sin_a[kCount], cos_of_b[kFull ? kCount : 1], sin_of_b[kFull ? kCount : 1];
+
+  __device__ __forceinline__ float cos_b(int i) const {
+    return kFull ? cos_of_b[kFull ? i : 0] : cos_a[i];
+  }
+  __device__ __forceinline__ float sin_b(int i) const {
+    return kFull ? sin_of_b[kFull ? i : 0] : sin_a[i];
+  }
+  template <int kSide>
+  __device__ __forceinline__ void round() {
+    if constexpr (Of<kSide>::kRoundedAngle) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        cos_a[i] = Round::round(cos_a[i]), sin_a[i] = Round::round(sin_a[i]);
+        if constexpr (kFull)
+          cos_of_b[i] = Round::round(cos_of_b[i]), sin_of_b[i] = Round::round(sin_of_b[i]);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ int position_of(const Place& place, int r) {
+  int position = place.on_axis[0];
+  if (kAxes) {
+    const int axis = axis_of(r);
+#pragma unroll
+    for (int a = 1; a < kAxes; ++a) position = axis == a ? place.on_axis[a] : position;
+  }
+  return position;
+}
+
+// The lane's frequencies: the Spec's, or a caller's, with a bit for each that is not finite.
+__device__ __forceinline__ unsigned read_frac(const qk_launch& p, int first,
+                                              qk_frac (&frac)[kCount]) {
+  unsigned bad = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int r = first + i - kFirstTurning;
+    frac[i].lo = frac[i].hi = 0;
+    if (!rotated(first + i)) continue;
+    if (QK_ANGLE == QK_ANGLE_PHASE) {
+      const int2 words = ((const int2*)p.frac)[r];
+      frac[i].lo = words.x, frac[i].hi = words.y;
+    } else {
+      const long long at = r * p.inv_freq_step;
+      const double f = p.inv_freq_dtype == QK_F64 ? ((const double*)p.inv_freq)[at]
+                                                  : (double)((const float*)p.inv_freq)[at];
+      if (!(f - f == 0.0)) bad |= 1u << i;
+      qk::frac_of_inv_freq(QK_REVERSE ? -f : f, frac[i].lo, frac[i].hi);
+    }
+  }
+  return bad;
+}
+
+template <int kSide>
+__device__ __forceinline__ void angles_of_phase(const Place& place, float factor, int first,
+                                                const qk_frac (&frac)[kCount], unsigned bad,
+                                                Angles& to) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int position = position_of(place, first + i - kFirstTurning);
+    const int phase = qk::phase(position, frac[i].lo, frac[i].hi);
+    float s, c;
+    if (QK_DTYPE == QK_F32 || Of<kSide>::kRounds)  // the hardware would decide too many ties
+      qk::sincos_phase(phase, s, c);
+    else
+      sincos_by_hardware(qk::mul((float)phase, 1.46291807926715968e-9f), s, c);
+    const float by = place.bad || bad >> i & 1 ? QK_NAN : factor;
+    to.cos_a[i] = qk::mul(c, by), to.sin_a[i] = qk::mul(s, by);
+  }
+  to.round<kSide>();
+}
+
+// cos, sin: where the token's rows begin, or those of one head of it.
+template <int kSide>
+__device__ __forceinline__ void angles_of_table(const qk_launch& p, const Place& place,
+                                                long long cos, long long sin, int first,
+                                                Angles& to) {
+  auto value = [&](const char* table, long long at) {
+    return place.bad ? QK_NAN : table_value(table, p.table_dtype, at);
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int j = first + i, r = j - kFirstTurning;
+    to.cos_a[i] = 1.0f, to.sin_a[i] = 0.0f;
+    to.cos_of_b[Angles::kFull ? i : 0] = 1.0f, to.sin_of_b[Angles::kFull ? i : 0] = 0.0f;
+    if (!rotated(j)) continue;
+    const long long row = p.table_rows ? position_of(place, r) : 0;
+    const long long cos_at = cos + row * p.cos_row, sin_at = sin + row * p.sin_row;
+    const int a = p.table_full ? entry_a(j) : r, b = p.table_full ? entry_b(j) : r;
+    float ca = value(p.cos, cos_at + a * p.cos_step), cb = ca;
+    float sa = value(p.sin, sin_at + a * p.sin_step), sb = sa;
+    if (p.table_full) {
+      cb = value(p.cos, cos_at + b * p.cos_step);
+      sb = value(p.sin, sin_at + b * p.sin_step);
+    }
+    to.cos_a[i] = ca, to.cos_of_b[Angles::kFull ? i : 0] = cb;
+    to.sin_a[i] = QK_REVERSE ? -sa : sa, to.sin_of_b[Angles::kFull ? i : 0] = QK_REVERSE ? -sb : sb;
+  }
+  to.round<kSide>();
+}
+
+template <int kSide>
+__device__ __forceinline__ void turn(const Angles& by, int first, Values& v) {
+  constexpr bool kSteps = Of<kSide>::kRounds;
+  constexpr bool kRoundProducts = Of<kSide>::kSpec.round_turn == QK_TURN_B;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float a = v.a[i], b = v.b[i];
+    float ya, yb;
+    if (kSteps) {
+      ya = qk::turn_by_steps<Round>(a, b, by.cos_a[i], -by.sin_a[i], kRoundProducts);
+      yb = qk::turn_by_steps<Round>(b, a, by.cos_b(i), by.sin_b(i), kRoundProducts);
+    } else {
+      qk::rotate(a, b, by.cos_a[i], by.sin_a[i], by.cos_b(i), by.sin_b(i), ya, yb);
+    }
+    if (turns(first, i)) v.a[i] = ya, v.b[i] = yb;
+  }
+}
+
+}  // namespace
