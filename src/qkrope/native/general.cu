@@ -215,7 +215,7 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
     else
       angles_of_phase<kSide>(place, p.plain.attention_factor, first, frac, bad_pairs, angles);
   };
-  if (Is::kTurns && !(kPhase && kEarlyFrac)) bad_pairs = read_frac(p.plain, first, frac);
+  if (Is::kTurns && !kTable && !(kPhase && kEarlyFrac)) bad_pairs = read_frac(p.plain, first, frac);
   if (Is::kTurns && work.turns && !p.table_heads) set_angles(0);
   auto turned = [&](Values& v, int head) {
     if (!Is::kTurns || !work.turns) return;
