@@ -128,6 +128,8 @@ class Variant:
             return ("scalar",)
         if self.options is not None and self.options.has_rows:
             return ("vector1", "scalar")
+        if self.options is not None:
+            return ("vector1", "vector4" if self.lane_units == 1 else "vector2", "scalar")
         return ("vector1", "vector2", *(("vector4",) if self.lane_units == 1 else ()), "scalar")
 
     def _vector_bytes(self) -> int:

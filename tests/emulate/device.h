@@ -164,4 +164,5 @@ inline float __shfl_xor_sync(unsigned, float x, int step) {
   return emulated::exchange(x, (threadIdx.x ^ step) % 32);
 }
 inline float __shfl_sync(unsigned, float x, int from) { return emulated::exchange(x, from); }
+inline void __syncwarp() { emulated::exchange(0.0f, 0); }
 inline void __syncthreads() { emulated::wait_as(emulated::kSyncs); }

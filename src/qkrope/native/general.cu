@@ -118,31 +118,35 @@ struct Row {
 
 // The sum over a token's warps of what each lane has, in an order that is the same for any batch.
 // All threads of the block call it; `which` may not be the same twice without a barrier between.
-[[maybe_unused]] __device__ __forceinline__ float team_sum(float x, const Work& work, int which) {
-  __shared__ float sums[2][QK_TEAM_WARPS(kHeadDim)];
+[[maybe_unused]] __device__ __forceinline__ Sum team_sum(Sum x, const Work& work, int which) {
+  __shared__ Sum sums[2][QK_TEAM_WARPS(kHeadDim)];
 #pragma unroll
-  for (int step = 16; step; step /= 2) x = qk::add(x, __shfl_xor_sync(kAllLanes, x, step));
+  for (int step = 16; step; step /= 2) {
+    const Sum other = {__shfl_xor_sync(kAllLanes, x.high, step),
+                       __shfl_xor_sync(kAllLanes, x.low, step)};
+    x = join(x, other);
+  }
   if (threadIdx.x == 0) sums[which][threadIdx.y] = x;
   __syncthreads();
-  float total = 0.0f;
-  for (int i = 0; i < work.team_warps; ++i) total = qk::add(total, sums[which][work.team_begin + i]);
+  Sum total = {0.0f, 0.0f};
+  for (int i = 0; i < work.team_warps; ++i) total = join(total, sums[which][work.team_begin + i]);
   return total;
 }
 
 // The sum over all heads of a token of x - mean, or of its squares; `values` gives row i of those
 // from `head` on, which `load` brings where they are not all held at once.
 template <bool kSquares, int kRows, typename Load, typename Value>
-__device__ __forceinline__ float row_sum(const Work& work, Load& load, Value& values,
+__device__ __forceinline__ Sum row_sum(const Work& work, Load& load, Value& values,
                                          const Span& span, float mean) {
-  float total = 0.0f;
+  Sum total = {0.0f, 0.0f};
   for (int chunk = 0; chunk < work.chunks; ++chunk) {
     const int head = work.head + chunk * kRows * work.step;
     if (work.chunks > 1) load(head);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int h = head + i * work.step;
-      const float part = lane_sum<kSquares>(values(i, h), span, mean);
-      total = qk::add(total, h < work.end ? part : 0.0f);
+      const Sum part = lane_sum<kSquares>(values(i, h), span, mean);
+      if (h < work.end) total = join(total, part);
     }
   }
   return team_sum(total, work, kSquares);
@@ -153,29 +157,33 @@ template <int kNorm, int kRounding, int kRows, typename Value>
 __device__ __forceinline__ void statistics(const Work& work, Value& values, const Span& span,
                                            int channels, float eps, int head,
                                            Statistic (&to)[kRows]) {
-  float sums[kRows];
+  float squares[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) to[i].mean = 0.0f;
   if (kNorm == QK_NORM_LAYER) {
+    Sum sums[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
       sums[i] = lane_sum<false>(values(i, head + i * work.step), span, 0.0f);
-    group_sums(sums, work.base, work.rank);
-  }
+    group_joins(sums, work.base, work.rank);
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    to[i].mean = kNorm == QK_NORM_LAYER ? __fdiv_rn(sums[i], (float)channels) : 0.0f;
-    sums[i] = lane_sum<true>(values(i, head + i * work.step), span, to[i].mean);
+    for (int i = 0; i < kRows; ++i) to[i].mean = __fdiv_rn(total(sums[i]), (float)channels);
   }
-  group_sums(sums, work.base, work.rank);
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
-    to[i].by = scale_by<kNorm, kRounding>(sums[i], (float)channels, eps);
+    squares[i] = lane_sum<true>(values(i, head + i * work.step), span, to[i].mean).high;
+  group_sums(squares, work.base, work.rank);
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    to[i].by = scale_by<kNorm, kRounding>(squares[i], (float)channels, eps);
 }
 
-template <int kSide, int kBytes, int kRows>
+template <int kSide, int kBytes, int kRows, int kMost>
 __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launch_side& side,
                                       const Work& work) {
   using Is = Of<kSide>;
   constexpr bool kPhase = QK_ANGLE == QK_ANGLE_PHASE, kTable = QK_ANGLE == QK_ANGLE_TABLE;
+  constexpr bool kChunks = kTeams || kRows < kMost;
   const qk_launch_extra& more = p.more[work.side];
   const int first = work.first;
   const Token at = locate(p, work.side, work.token);
@@ -216,10 +224,10 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
       angles_of_phase<kSide>(place, p.plain.attention_factor, first, frac, bad_pairs, angles);
   };
   if (Is::kTurns && !kTable && !(kPhase && kEarlyFrac)) bad_pairs = read_frac(p.plain, first, frac);
-  if (Is::kTurns && work.turns && !p.table_heads) set_angles(0);
+  if (Is::kTurns && work.turns && !(kTable && p.table_heads)) set_angles(0);
   auto turned = [&](Values& v, int head) {
     if (!Is::kTurns || !work.turns) return;
-    if (p.table_heads) set_angles(head < work.end ? head : work.head);
+    if (kTable && p.table_heads) set_angles(head < work.end ? head : work.head);
     turn<kSide>(angles, first, v);
   };
   // Row i as the norm sees it.
@@ -236,21 +244,22 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
     const float count = (float)side.heads * kHeadDim;
     Statistic all = {0.0f, 0.0f};
     if (Is::kNorm == QK_NORM_LAYER)
-      all.mean = __fdiv_rn(row_sum<false, kRows>(work, load, values, span, 0.0f), count);
-    const float squares = row_sum<true, kRows>(work, load, values, span, all.mean);
+      all.mean = __fdiv_rn(total(row_sum<false, kRows>(work, load, values, span, 0.0f)), count);
+    const float squares = total(row_sum<true, kRows>(work, load, values, span, all.mean));
     all.by = scale_by<Is::kNorm, Is::kSpec.round_norm>(squares, count, side.eps);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) whole[i] = all;
   }
-  for (int chunk = 0; chunk < (kTeams ? work.chunks : 1); ++chunk) {
+  for (int chunk = 0; chunk < (kChunks ? work.chunks : 1); ++chunk) {
     const int head = work.head + chunk * kRows * work.step;
-    if (kTeams && work.chunks > 1) load(head);
+    if (kChunks && work.chunks > 1) load(head);
     if constexpr (Is::kNorm != QK_NORM_NONE && !Is::kRow)
       statistics<Is::kNorm, Is::kSpec.round_norm>(work, values, span, Is::kSpec.dim, side.eps, head,
                                                   whole);
     if constexpr (Is::kRest != QK_NORM_NONE)
       statistics<Is::kRest, Is::kSpec.round_norm>(work, values, others, kHeadDim - Is::kSpec.dim,
                                                   more.rest_eps, head, rest);
+    if (kMoves) __syncwarp();  // in place, a lane writes what another has read
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int h = head + i * work.step;
@@ -272,7 +281,8 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
   }
 }
 
-template <int kBytes, int kRows>
+// Groups serve up to kMost heads (a team's as many as there are), kRows at once.
+template <int kBytes, int kRows, int kMost>
 __device__ __forceinline__ void run(const qk_launch_general& p) {
   release_next();
 
@@ -298,7 +308,7 @@ __device__ __forceinline__ void run(const qk_launch_general& p) {
     if (team >= teams) work.team_begin = 0;
     token = idle && at >= p.plain.tokens ? p.plain.tokens - 1 : (unsigned)at;
   } else {
-    constexpr bool kOnTokens = QK_ON_TOKENS(kHeadDim, kRows);
+    constexpr bool kOnTokens = QK_ON_TOKENS(kHeadDim, kMost);
     const int x = blockIdx.x;
     work.side = x < p.plain.q_slots ? kQ : !QK_HAS_V || x < p.k_slots ? kK : kV;
     token = (blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
@@ -321,6 +331,7 @@ __device__ __forceinline__ void run(const qk_launch_general& p) {
   } else {
     work.head *= side.passes;
     work.end = min(side.heads, work.head + side.passes);
+    work.chunks = (side.passes + kRows - 1) / kRows;
   }
   if (idle) work.end = 0;
   work.token = token;
@@ -331,11 +342,11 @@ __device__ __forceinline__ void run(const qk_launch_general& p) {
   }
 
   const int kind = work.side == kQ ? kQ : work.side == kK ? kind_of(kK) : kind_of(kV);
-  if (kind == kQ) return serve<kQ, kBytes, kRows>(p, side, work);
+  if (kind == kQ) return serve<kQ, kBytes, kRows, kMost>(p, side, work);
   if constexpr (kind_of(kK) == kK)
-    if (kind == kK) return serve<kK, kBytes, kRows>(p, side, work);
+    if (kind == kK) return serve<kK, kBytes, kRows, kMost>(p, side, work);
   if constexpr (QK_HAS_V && kind_of(kV) == kV)
-    if (kind == kV) serve<kV, kBytes, kRows>(p, side, work);
+    if (kind == kV) serve<kV, kBytes, kRows, kMost>(p, side, work);
 }
 
 // Registers a thread may have: of a team, what lets its largest block start.
@@ -343,20 +354,21 @@ __device__ __forceinline__ void run(const qk_launch_general& p) {
 
 }  // namespace
 
-#define QK_KERNEL(name, bytes, rows)                                          \
-  extern "C" __global__ void __maxnreg__(kRegisters)                          \
-      name(const __grid_constant__ qk_launch_general p) {                     \
-    run<bytes, rows>(p);                                                      \
+#define QK_KERNEL(name, bytes, rows, most)                \
+  extern "C" __global__ void __maxnreg__(kRegisters)      \
+      name(const __grid_constant__ qk_launch_general p) { \
+    run<bytes, rows, most>(p);                            \
   }
 
-#if QK_VECTOR_BYTES
-QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, kTeams ? QK_TEAM_ROWS(kHeadDim) : 1)
-#if !QK_ROWS
-QK_KERNEL(qkrope_vector2, QK_VECTOR_BYTES, 2)
-#if QK_PASSES(QK_HEAD_DIM) == 4
-QK_KERNEL(qkrope_vector4, QK_VECTOR_BYTES, 4)
-#endif
-#endif
-#endif
-QK_KERNEL(qkrope_scalar, 0, kTeams ? QK_TEAM_ROWS(kHeadDim) : kPasses)
 static_assert(QK_ROWS == kTeams, "scope");
+#if QK_VECTOR_BYTES && QK_ROWS
+QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, QK_TEAM_ROWS(kHeadDim), QK_TEAM_ROWS(kHeadDim))
+#elif QK_VECTOR_BYTES
+QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, 1)
+#if QK_PASSES(QK_HEAD_DIM) == 4
+QK_KERNEL(qkrope_vector4, QK_VECTOR_BYTES, 4, 4)
+#else
+QK_KERNEL(qkrope_vector2, QK_VECTOR_BYTES, 2, 2)
+#endif
+#endif
+QK_KERNEL(qkrope_scalar, 0, 1, kPasses)

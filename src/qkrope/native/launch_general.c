@@ -144,6 +144,7 @@ void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk
     shape_teams(kernels, c, p, out);
     return;
   }
+  if (out->function == 1 && QK_PASSES(head_dim) == 4) out->function = 0, rows = 1;  // no such kernel
   p->plain.q_slots = qk_shape_side(&p->plain.side[Q], rows, head_dim);
   p->k_slots = p->plain.q_slots + qk_shape_side(&p->plain.side[K], rows, head_dim);
   const int slots = p->k_slots + qk_shape_side(&p->v, rows, head_dim);

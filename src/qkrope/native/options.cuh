@@ -157,27 +157,57 @@ __device__ __forceinline__ Span span_of(int first) {
   return span;
 }
 
-// The lane's part of the sum of x - mean, or of its squares. Units are summed on their own and then
-// pairwise, as group_sums goes on across lanes.
+// A sum with what its additions lost. A mean needs it: beside its error, as large as that of the
+// largest channel, a small channel's deviation would be nothing.
+struct Sum {
+  float high, low;
+};
+__device__ __forceinline__ float total(const Sum& x) { return qk::add(x.high, x.low); }
+// The same for (a, b) and (b, a). Sums of squares lose nothing that counts, and have low = 0.
+__device__ __forceinline__ Sum join(const Sum& a, const Sum& b) {
+  const float high = qk::add(a.high, b.high), b_part = qk::add(high, -a.high);
+  const float lost = qk::add(qk::add(a.high, -qk::add(high, -b_part)), qk::add(b.high, -b_part));
+  return {high, qk::add(qk::add(a.low, b.low), lost)};
+}
+template <int kRows>
+__device__ __forceinline__ void group_joins(Sum (&sums)[kRows], int base, int rank) {
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    const int from = (rank ^ step) & ~(step - 1);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const Sum other = {__shfl_sync(kAllLanes, sums[i].high, base + from),
+                         __shfl_sync(kAllLanes, sums[i].low, base + from)};
+      if (from < kLanes) sums[i] = join(sums[i], other);
+    }
+  }
+}
+
+// The lane's part of the sum of x, or of the squares of x - mean. Units are summed on their own and
+// then pairwise, as group_sums goes on across lanes.
 template <bool kSquares>
-__device__ __forceinline__ float lane_sum(const Values& v, const Span& span, float mean) {
-  float unit[kUnits];
+__device__ __forceinline__ Sum lane_sum(const Values& v, const Span& span, float mean) {
+  Sum unit[kUnits];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    float sum_a = 0.0f, sum_b = 0.0f;
+    Sum sum_a = {0.0f, 0.0f}, sum_b = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 4 * u; i < 4 * u + 4; ++i) {
       const float a = span.a >> i & 1 ? qk::add(v.a[i], -mean) : 0.0f;
       const float b = span.b >> i & 1 ? qk::add(v.b[i], -mean) : 0.0f;
-      sum_a = kSquares ? qk::fma(a, a, sum_a) : qk::add(a, sum_a);
-      sum_b = kSquares ? qk::fma(b, b, sum_b) : qk::add(b, sum_b);
+      if (kSquares)
+        sum_a.high = qk::fma(a, a, sum_a.high), sum_b.high = qk::fma(b, b, sum_b.high);
+      else
+        sum_a = join(sum_a, {a, 0.0f}), sum_b = join(sum_b, {b, 0.0f});
     }
-    unit[u] = qk::add(sum_a, sum_b);
+    unit[u] = kSquares ? Sum{qk::add(sum_a.high, sum_b.high), 0.0f} : join(sum_a, sum_b);
   }
 #pragma unroll
   for (int step = 1; step < kUnits; step *= 2)
 #pragma unroll
-    for (int u = 0; u + step < kUnits; u += 2 * step) unit[u] = qk::add(unit[u], unit[u + step]);
+    for (int u = 0; u + step < kUnits; u += 2 * step)
+      unit[u] = kSquares ? Sum{qk::add(unit[u].high, unit[u + step].high), 0.0f}
+                         : join(unit[u], unit[u + step]);
   return unit[0];
 }
 
