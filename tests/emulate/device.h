@@ -79,7 +79,7 @@ struct Lane {
   State state;
   float value;
   unsigned from;
-  const void* where;  // it shuffles
+  int line;  // of the shuffle
 };
 enum { kWarp = 32, kMost = 1024, kStack = 128 << 10 };
 static Lane lanes[kMost];
@@ -93,9 +93,9 @@ inline void wait_as(State state) {
   swapcontext(&lanes[current].context, &scheduler);
 }
 
-__attribute__((noinline)) static float exchange(float value, unsigned from) {
+inline float exchange(int line, float value, unsigned from) {
   Lane& lane = lanes[current];
-  lane.value = value, lane.from = from, lane.where = __builtin_return_address(0);
+  lane.value = value, lane.from = from, lane.line = line;
   wait_as(kShuffles);
   return lane.value;
 }
@@ -114,7 +114,8 @@ inline void run_warp(int first) {
 inline bool serve_shuffle(int first) {
   const Lane& one = lanes[first];
   for (int i = first; i < first + kWarp; ++i) {
-    const bool same = lanes[i].state == one.state && (one.state != kShuffles || lanes[i].where == one.where);
+    const bool same =
+        lanes[i].state == one.state && (one.state != kShuffles || lanes[i].line == one.line);
     if (!same) problem = "the lanes of a warp are not at one shuffle, barrier or end";
   }
   if (problem || one.state != kShuffles) return false;
@@ -160,9 +161,7 @@ static void trap(int) { siglongjmp(trapped, 1); }
 
 }  // namespace emulated
 
-inline float __shfl_xor_sync(unsigned, float x, int step) {
-  return emulated::exchange(x, (threadIdx.x ^ step) % 32);
-}
-inline float __shfl_sync(unsigned, float x, int from) { return emulated::exchange(x, from); }
-inline void __syncwarp() { emulated::exchange(0.0f, 0); }
+#define __shfl_xor_sync(mask, x, step) emulated::exchange(__LINE__, x, threadIdx.x ^ (step))
+#define __shfl_sync(mask, x, from) emulated::exchange(__LINE__, x, from)
+#define __syncwarp() ((void)emulated::exchange(__LINE__, 0.0f, 0))
 inline void __syncthreads() { emulated::wait_as(emulated::kSyncs); }

@@ -31,8 +31,8 @@ __device__ __forceinline__ Token locate(const qk_launch_general& p, int side, un
     if (d) token /= plain.size[d];
     t.x += i * p.x_dim[side][d], t.y += i * p.y_dim[side][d];
     t.pos += i * plain.pos_dim[d];
-    t.cos += i * plain.cos_dim[d], t.sin += i * plain.sin_dim[d];
-    t.scale += i * p.more[side].scale_dim[d];
+    if (QK_ANGLE == QK_ANGLE_TABLE) t.cos += i * plain.cos_dim[d], t.sin += i * plain.sin_dim[d];
+    if (p.more[side].scale_of) t.scale += i * p.more[side].scale_dim[d];
   }
   return t;
 }
@@ -117,65 +117,63 @@ struct Row {
 };
 
 // The sum over a token's warps of what each lane has, in an order that is the same for any batch.
-// All threads of the block call it; `which` may not be the same twice without a barrier between.
-[[maybe_unused]] __device__ __forceinline__ Sum team_sum(Sum x, const Work& work, int which) {
-  __shared__ Sum sums[2][QK_TEAM_WARPS(kHeadDim)];
+// All threads of the block call it, once for each type.
+template <typename Part>
+__device__ __forceinline__ Part team_sum(Part x, const Work& work) {
+  __shared__ Part sums[QK_TEAM_WARPS(kHeadDim)];
 #pragma unroll
-  for (int step = 16; step; step /= 2) {
-    const Sum other = {__shfl_xor_sync(kAllLanes, x.high, step),
-                       __shfl_xor_sync(kAllLanes, x.low, step)};
-    x = join(x, other);
-  }
-  if (threadIdx.x == 0) sums[which][threadIdx.y] = x;
+  for (int step = 16; step; step /= 2) x = join(x, shuffled(x, (threadIdx.x ^ step) % 32));
+  if (threadIdx.x == 0) sums[threadIdx.y] = x;
   __syncthreads();
-  Sum total = {0.0f, 0.0f};
-  for (int i = 0; i < work.team_warps; ++i) total = join(total, sums[which][work.team_begin + i]);
-  return total;
+  x = sums[work.team_begin];
+  for (int i = 1; i < work.team_warps; ++i) x = join(x, sums[work.team_begin + i]);
+  return x;
 }
 
-// The sum over all heads of a token of x - mean, or of its squares; `values` gives row i of those
-// from `head` on, which `load` brings where they are not all held at once.
-template <bool kSquares, int kRows, typename Load, typename Value>
-__device__ __forceinline__ Sum row_sum(const Work& work, Load& load, Value& values,
-                                         const Span& span, float mean) {
-  Sum total = {0.0f, 0.0f};
+// The sum over all heads of a token of x, or of the squares of x - mean; `values` gives row i of
+// those from `head` on, which `load` brings where they are not all held at once.
+template <int kNorm, typename Part, int kRows, typename Load, typename Value>
+__device__ __forceinline__ Part row_sum(const Work& work, Load& load, Value& values,
+                                        const Span& span, float mean) {
+  Part sum = {};
   for (int chunk = 0; chunk < work.chunks; ++chunk) {
     const int head = work.head + chunk * kRows * work.step;
     if (work.chunks > 1) load(head);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int h = head + i * work.step;
-      const Sum part = lane_sum<kSquares>(values(i, h), span, mean);
-      if (h < work.end) total = join(total, part);
+      const Part part = lane_sum<kNorm, Part>(values(i, h), span, mean);
+      if (h < work.end) sum = join(sum, part);
     }
   }
-  return team_sum(total, work, kSquares);
+  return team_sum(sum, work);
 }
 
 // The statistic of each head that a group of lanes holds, over so many channels.
-template <int kNorm, int kRounding, int kRows, typename Value>
+template <int kNorm, int kRounding, int kChannels, int kRows, typename Value>
 __device__ __forceinline__ void statistics(const Work& work, Value& values, const Span& span,
-                                           int channels, float eps, int head,
-                                           Statistic (&to)[kRows]) {
+                                           float eps, int head, Statistic (&to)[kRows]) {
+  constexpr float kShare = 1.0f / kChannels;
   float squares[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) to[i].mean = 0.0f;
-  if (kNorm == QK_NORM_LAYER) {
+  if constexpr (kNorm == QK_NORM_LAYER) {
     Sum sums[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
-      sums[i] = lane_sum<false>(values(i, head + i * work.step), span, 0.0f);
-    group_joins(sums, work.base, work.rank);
+      sums[i] = lane_sum<QK_NORM_NONE, Sum>(values(i, head + i * work.step), span, 0.0f);
+    group_sums(sums, work.base, work.rank);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) to[i].mean = __fdiv_rn(total(sums[i]), (float)channels);
+    for (int i = 0; i < kRows; ++i)
+      to[i].mean = qk::mul(qk::add(sums[i].high, sums[i].low), kShare);
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
-    squares[i] = lane_sum<true>(values(i, head + i * work.step), span, to[i].mean).high;
+    squares[i] = lane_sum<kNorm, float>(values(i, head + i * work.step), span, to[i].mean);
   group_sums(squares, work.base, work.rank);
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
-    to[i].by = scale_by<kNorm, kRounding>(squares[i], (float)channels, eps);
+    to[i].by = scale_by<kNorm, kRounding>(squares[i], qk::mul(squares[i], kShare), eps);
 }
 
 template <int kSide, int kBytes, int kRows, int kMost>
@@ -243,10 +241,13 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
   if constexpr (Is::kRow) {
     const float count = (float)side.heads * kHeadDim;
     Statistic all = {0.0f, 0.0f};
-    if (Is::kNorm == QK_NORM_LAYER)
-      all.mean = __fdiv_rn(total(row_sum<false, kRows>(work, load, values, span, 0.0f)), count);
-    const float squares = total(row_sum<true, kRows>(work, load, values, span, all.mean));
-    all.by = scale_by<Is::kNorm, Is::kSpec.round_norm>(squares, count, side.eps);
+    if constexpr (Is::kNorm == QK_NORM_LAYER) {
+      const Sum sum = row_sum<QK_NORM_NONE, Sum, kRows>(work, load, values, span, 0.0f);
+      all.mean = __fdiv_rn(qk::add(sum.high, sum.low), count);
+    }
+    const float squares = row_sum<Is::kNorm, float, kRows>(work, load, values, span, all.mean);
+    const float mean_square = __fdiv_rn(squares, count);
+    all.by = scale_by<Is::kNorm, Is::kSpec.round_norm>(squares, mean_square, side.eps);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) whole[i] = all;
   }
@@ -254,11 +255,11 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
     const int head = work.head + chunk * kRows * work.step;
     if (kChunks && work.chunks > 1) load(head);
     if constexpr (Is::kNorm != QK_NORM_NONE && !Is::kRow)
-      statistics<Is::kNorm, Is::kSpec.round_norm>(work, values, span, Is::kSpec.dim, side.eps, head,
-                                                  whole);
+      statistics<Is::kNorm, Is::kSpec.round_norm, Is::kSpec.dim>(work, values, span, side.eps, head,
+                                                                 whole);
     if constexpr (Is::kRest != QK_NORM_NONE)
-      statistics<Is::kRest, Is::kSpec.round_norm>(work, values, others, kHeadDim - Is::kSpec.dim,
-                                                  more.rest_eps, head, rest);
+      statistics<Is::kRest, Is::kSpec.round_norm, kHeadDim - Is::kSpec.dim>(
+          work, values, others, more.rest_eps, head, rest);
     if (kMoves) __syncwarp();  // in place, a lane writes what another has read
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {

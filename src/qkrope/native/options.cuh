@@ -127,6 +127,7 @@ __device__ __forceinline__ void read_weight(const qk_launch_side& side, const qk
   const char* row = row_of(side.weight, more.weight_dtype, head * more.weight_head);
   read_channels<kSide, kBytes>(row, more.weight_dtype, first, 1.0f, w);
   const float offset = side.weight_offset, other = more.rest_offset;
+  if (!Is::kSteps && offset == 0.0f && other == 0.0f) return;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const bool a = Is::kWhole || norm_a(first + i) < Is::kSpec.dim;
@@ -158,69 +159,75 @@ __device__ __forceinline__ Span span_of(int first) {
 }
 
 // A sum with what its additions lost. A mean needs it: beside its error, as large as that of the
-// largest channel, a small channel's deviation would be nothing.
+// largest channel, a small channel's deviation would be nothing. Squares lose nothing that counts.
 struct Sum {
   float high, low;
 };
-__device__ __forceinline__ float total(const Sum& x) { return qk::add(x.high, x.low); }
-// The same for (a, b) and (b, a). Sums of squares lose nothing that counts, and have low = 0.
-__device__ __forceinline__ Sum join(const Sum& a, const Sum& b) {
+__device__ __forceinline__ float join(float a, float b) { return qk::add(a, b); }
+__device__ __forceinline__ Sum join(const Sum& a, const Sum& b) {  // the same for (b, a)
   const float high = qk::add(a.high, b.high), b_part = qk::add(high, -a.high);
   const float lost = qk::add(qk::add(a.high, -qk::add(high, -b_part)), qk::add(b.high, -b_part));
   return {high, qk::add(qk::add(a.low, b.low), lost)};
 }
+__device__ __forceinline__ float shuffled(float x, int from) {
+  return __shfl_sync(kAllLanes, x, from);
+}
+__device__ __forceinline__ Sum shuffled(const Sum& x, int from) {
+  return {shuffled(x.high, from), shuffled(x.low, from)};
+}
 template <int kRows>
-__device__ __forceinline__ void group_joins(Sum (&sums)[kRows], int base, int rank) {
+__device__ __forceinline__ void group_sums(Sum (&sums)[kRows], int base, int rank) {
 #pragma unroll
   for (int step = 1; step < kLanes; step *= 2) {
     const int from = (rank ^ step) & ~(step - 1);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const Sum other = {__shfl_sync(kAllLanes, sums[i].high, base + from),
-                         __shfl_sync(kAllLanes, sums[i].low, base + from)};
+      const Sum other = shuffled(sums[i], base + from);
       if (from < kLanes) sums[i] = join(sums[i], other);
     }
   }
 }
 
-// The lane's part of the sum of x, or of the squares of x - mean. Units are summed on their own and
-// then pairwise, as group_sums goes on across lanes.
-template <bool kSquares>
-__device__ __forceinline__ Sum lane_sum(const Values& v, const Span& span, float mean) {
-  Sum unit[kUnits];
+template <int kNorm>
+__device__ __forceinline__ float minus_mean(float x, float mean) {
+  return kNorm == QK_NORM_LAYER ? qk::add(x, -mean) : x;
+}
+__device__ __forceinline__ void add_to(float& squares, float x) { squares = qk::fma(x, x, squares); }
+__device__ __forceinline__ void add_to(Sum& sum, float x) { sum = join(sum, {x, 0.0f}); }
+
+// The lane's part of the sum of x (a Sum), or of the squares of x - mean. Units are summed on their
+// own and then pairwise, as group_sums goes on across lanes.
+template <int kNorm, typename Part>
+__device__ __forceinline__ Part lane_sum(const Values& v, const Span& span, float mean) {
+  Part unit[kUnits];
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    Sum sum_a = {0.0f, 0.0f}, sum_b = {0.0f, 0.0f};
+    Part sum_a = {}, sum_b = {};
 #pragma unroll
     for (int i = 4 * u; i < 4 * u + 4; ++i) {
-      const float a = span.a >> i & 1 ? qk::add(v.a[i], -mean) : 0.0f;
-      const float b = span.b >> i & 1 ? qk::add(v.b[i], -mean) : 0.0f;
-      if (kSquares)
-        sum_a.high = qk::fma(a, a, sum_a.high), sum_b.high = qk::fma(b, b, sum_b.high);
-      else
-        sum_a = join(sum_a, {a, 0.0f}), sum_b = join(sum_b, {b, 0.0f});
+      add_to(sum_a, span.a >> i & 1 ? minus_mean<kNorm>(v.a[i], mean) : 0.0f);
+      add_to(sum_b, span.b >> i & 1 ? minus_mean<kNorm>(v.b[i], mean) : 0.0f);
     }
-    unit[u] = kSquares ? Sum{qk::add(sum_a.high, sum_b.high), 0.0f} : join(sum_a, sum_b);
+    unit[u] = join(sum_a, sum_b);
   }
 #pragma unroll
   for (int step = 1; step < kUnits; step *= 2)
 #pragma unroll
-    for (int u = 0; u + step < kUnits; u += 2 * step)
-      unit[u] = kSquares ? Sum{qk::add(unit[u].high, unit[u + step].high), 0.0f}
-                         : join(unit[u], unit[u + step]);
+    for (int u = 0; u + step < kUnits; u += 2 * step) unit[u] = join(unit[u], unit[u + step]);
   return unit[0];
 }
 
 // What a deviation from the mean is multiplied with, or (an l2 norm in steps) divided by.
 template <int kNorm, int kRounding>
-__device__ __forceinline__ float scale_by(float squares, float count, float eps) {
+__device__ __forceinline__ float scale_by(float squares, float mean_square, float eps) {
   float by;
   if (kNorm == QK_NORM_L2) {
     const float length = __fsqrt_rn(squares);
     by = length < eps ? eps : length;  // a NaN stays
     if (kRounding != QK_ROUND_C) by = __frcp_rn(by);
   } else {
-    by = __frsqrt_rn(qk::add(__fdiv_rn(squares, count), eps));
+    mean_square = qk::add(mean_square, eps);
+    by = kRounding == QK_ROUND_ONCE ? rsqrtf(mean_square) : __frsqrt_rn(mean_square);
   }
   return kRounding == QK_ROUND_C ? Round::round(by) : by;
 }
@@ -237,7 +244,7 @@ __device__ __forceinline__ float normalise(float x, const Statistic& s, float we
   if (kRounding == QK_ROUND_A || kRounding == QK_ROUND_C)
     x = qk::normalise_by_steps<Round>(x, s.mean, s.by, kDivides, weight);
   else
-    x = qk::mul(qk::mul(qk::add(x, -s.mean), s.by), weight);
+    x = qk::mul(qk::mul(minus_mean<kNorm>(x, s.mean), s.by), weight);
   if (has_bias) x = qk::add(x, bias);
   return kRounding == QK_ROUND_ONCE ? x : Round::round(x);
 }
