@@ -161,7 +161,7 @@ static void trap(int) { siglongjmp(trapped, 1); }
 
 }  // namespace emulated
 
-#define __shfl_xor_sync(mask, x, step) emulated::exchange(__LINE__, x, threadIdx.x ^ (step))
-#define __shfl_sync(mask, x, from) emulated::exchange(__LINE__, x, from)
+#define __shfl_xor_sync(mask, value, step) emulated::exchange(__LINE__, value, threadIdx.x ^ (step))
+#define __shfl_sync(mask, value, from) emulated::exchange(__LINE__, value, from)
 #define __syncwarp() ((void)emulated::exchange(__LINE__, 0.0f, 0))
 inline void __syncthreads() { emulated::wait_as(emulated::kSyncs); }
