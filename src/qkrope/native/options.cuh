@@ -182,7 +182,7 @@ __device__ __forceinline__ Sum join(const Sum& a, const Sum& b) {  // the same f
 __device__ __forceinline__ float shuffled(float x, int from) {
   return __shfl_sync(kAllLanes, x, from);
 }
-__device__ __forceinline__ Sum shuffled(const Sum& x, int from) {
+[[maybe_unused]] __device__ __forceinline__ Sum shuffled(const Sum& x, int from) {
   return {shuffled(x.high, from), shuffled(x.low, from)};
 }
 template <int kRows>
@@ -203,7 +203,7 @@ __device__ __forceinline__ float minus_mean(float x, float mean) {
   return kNorm == QK_NORM_LAYER ? qk::add(x, -mean) : x;
 }
 __device__ __forceinline__ void add_to(float& squares, float x) { squares = qk::fma(x, x, squares); }
-__device__ __forceinline__ void add_to(Sum& sum, float x) { sum = join(sum, {x, 0.0f}); }
+[[maybe_unused]] __device__ __forceinline__ void add_to(Sum& sum, float x) { sum = join(sum, {x, 0.0f}); }
 
 // The lane's part of the sum of x (a Sum), or of the squares of x - mean. Units are summed on their
 // own and then pairwise, as group_sums goes on across lanes.
