@@ -17,9 +17,7 @@ TRAILING = Rope(dim=64, offset=448, pairing="interleaved")
 SECTIONS = {"mrope_section": (24, 20, 20), "mrope_interleaved": True}
 
 
-def general(
-    head_dim: int, dtype: str = "bfloat16", angle: str = "phase", **spec: Any
-) -> Variant:
+def general(head_dim: int, dtype: str = "bfloat16", angle: str = "phase", **spec: Any) -> Variant:
     return Variant.of(Spec(8, 2, head_dim, **spec), dtype, None, None, angle, general=True)
 
 

@@ -15,6 +15,7 @@ import torch
 
 import emulated
 import qkrope
+import test_groups_op
 from cases import Call, Recipe, assert_same_bits
 from qkrope import _native, cpu
 from qkrope.spec import Norm, Rope, Spec
@@ -95,6 +96,11 @@ def test_a_shape(device: str, name: str) -> None:
     run_every_form(SHAPES[name], device)
 
 
+@pytest.mark.parametrize("name", ["gated", "mlp", "thirds", "indexer"])
+def test_groups(device: str, name: str) -> None:
+    test_groups_op.test_groups(device, name, BF16)
+
+
 def outputs(
     monkeypatch: pytest.MonkeyPatch, recipe: Recipe, run: Callable[..., None]
 ) -> tuple[Call, tuple[Any, ...]]:
@@ -127,16 +133,20 @@ def test_one_tree(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             seen.add(emulated.NAMES[launch.prepared.grid.function])
             assert launch.run() is None
 
+    def same(recipe: Recipe, run: Callable[..., None]) -> None:
+        again = outputs(monkeypatch, recipe, run)[1]
+        for y, other in zip(first, again, strict=True):
+            assert_same_bits(y, other)
+
     for sms in (1, 2, 4):
-        for y, again in zip(first, outputs(monkeypatch, recipe, partial(run, num_sms=sms))[1]):
-            assert_same_bits(y, again)
-    for y, again in zip(first, outputs(monkeypatch, recipe.but(layout="odd"), run)[1]):
-        assert_same_bits(y, again)
+        same(recipe, partial(run, num_sms=sms))
+    same(recipe.but(layout="odd"), run)
     for rows, warps in ((1, 3), (2, 1), (4, 8)) if name == "plain" else ():
         _native.lib().force_grid(rows, warps)
-        for y, again in zip(first, outputs(monkeypatch, recipe, run)[1]):
-            assert_same_bits(y, again)
-    _native.lib().force_grid(0, 0)
+        try:
+            same(recipe, run)
+        finally:
+            _native.lib().force_grid(0, 0)
     assert seen >= {"scalar", "vector1"} if name == "row" else {"scalar", "vector4"} & seen
     alone = recipe.make()
     at = tuple(n - 1 for n in recipe.lead)
@@ -145,8 +155,8 @@ def test_one_tree(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(cpu, "qk_norm_rope", emulated.emulate)
     weights = alone.q_weight, alone.k_weight
     one = qkrope.qk_norm_rope(q, k, *weights, positions, recipe.spec, **alone.extras)
-    for y, again in zip(first, one):
-        assert_same_bits(y[at][None], again)
+    for y, other in zip(first, one, strict=True):
+        assert_same_bits(y[at][None], other)
 
 
 @pytest.mark.parametrize("scale", [None, 1.5], ids=["plain", "general"])
@@ -180,7 +190,7 @@ OneLaunch = Callable[[Recipe], emulated.Launch]
 
 @pytest.fixture
 def one_launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneLaunch]:
-    """The only launch of a recipe's call, which has not run; its tensors live as long as the test."""
+    """The only launch of a recipe's call, not run yet; its tensors live as long as the test."""
     alive = []
 
     def make(recipe: Recipe) -> emulated.Launch:

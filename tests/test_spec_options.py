@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from qkrope.rope import MAX_AXES, PAIRINGS
 from qkrope.rounding import letters
 from qkrope.spec import MAX_HEAD_DIM, Linear, LongRoPE, Norm, Rope, Spec, YaRN
-from qkrope.variant import unsupported
+from qkrope.variant import Variant, is_general
 
 
 def spec(**changes):
@@ -281,25 +280,36 @@ def test_any_spec_round_trips_and_its_pairs_are_disjoint(one, two):
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("change", "general"),
     [
-        ({"norm": Norm(dim=64)}, "norm.dim=64"),
-        ({"k_norm": Norm(dim=64)}, "k_norm.dim=64"),
-        ({"v_norm": Norm()}, "v_norm='rms'"),
-        ({"rounding": ("C/h", "B/h")}, "rounding=('C/h', 'B/h')"),
-        ({"rope": Rope(pairing="block_half")}, "rope.pairing='block_half'"),
-        ({"rope": Rope(64, offset=2)}, "rope.offset=2"),
-        ({"rope": Rope(64, pair_distance=64)}, "rope.pair_distance=64"),
-        ({"rope": Rope(reverse=True)}, "rope.reverse=True"),
-        (
-            {"rope": Rope(pairing="interleaved", output_pairing="half")},
-            "rope.output_pairing='half'",
-        ),
-        ({"rope": Rope(mrope_section=(32, 32))}, "rope.mrope_section=(32, 32)"),
-        ({"rope": Rope(axes_dim=(64, 64))}, "rope.axes_dim=(64, 64)"),
-        ({"rope": Rope(64, freq_dim=128)}, None),
+        ({}, False),
+        ({"k_norm": Norm("none")}, False),
+        ({"norm": Norm("none", scope="row")}, False),
+        ({"rope": None}, False),
+        ({"rope": Rope(64, freq_dim=128)}, False),
+        ({"rope": Rope(reverse=True)}, False),
+        ({"v_norm": Norm()}, False),
+        ({"norm": Norm("l2")}, True),
+        ({"norm": Norm(scope="row")}, True),
+        ({"norm": Norm(dim=64)}, True),
+        ({"k_norm": Norm("layer")}, True),
+        ({"order": "rope_first"}, True),
+        ({"rounding": ("C/h", "B/h")}, True),
+        ({"rope": Rope(pairing="block_half")}, True),
+        ({"rope": Rope(64, offset=2)}, True),
+        ({"rope": Rope(64, pair_distance=64)}, True),
+        ({"rope": Rope(pairing="interleaved", output_pairing="half")}, True),
+        ({"rope": Rope(mrope_section=(32, 32))}, True),
+        ({"rope": Rope(axes_dim=(64, 64))}, True),
     ],
 )
-def test_what_no_kernel_runs_yet_is_named(change, name):
-    assert unsupported(spec(**change)) == name
-    assert unsupported(replace(spec(), **change)) == name
+def test_what_takes_the_general_kernels(change, general):
+    """qk_variant.general; a V norm and, with a caller's angles, a reversed rotation do on CUDA."""
+    one = spec(**change)
+    assert is_general(one) == general
+    angles = ("table", "inv_freq", "phase") if one.rope else ("none",)
+    for angle in angles:
+        reads = one.rope is not None and one.rope.reverse and angle != "phase"
+        options = Variant.of(one, "bfloat16", None, "float32", angle).options
+        assert (options is not None) == (general or reads or one.v_norm is not None)
+        assert Variant.of(one, "bfloat16", None, None, angle, general=True).options is not None

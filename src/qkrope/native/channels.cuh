@@ -60,7 +60,7 @@ __device__ constexpr int entry_b(int j) {
 
 // ---- axes of positions ------------------------------------------------------------------------
 
-constexpr int kAxes = QK_AXES;                         // 0: positions have none
+constexpr int kAxes = QK_AXES;                            // 0: positions have none
 constexpr int kAxisPairs[QK_MAX_AXES] = {QK_AXIS_PAIRS};  // turning pairs that each takes
 
 __device__ constexpr int pairs_before(int axis) {

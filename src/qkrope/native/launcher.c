@@ -283,9 +283,9 @@ int qk_choose_kernel(const qk_kernels* kernels, int aligned, int heads_of_q, int
   const int most = QK_PASSES(head_dim);
   void* const* functions = kernels->function;
   if (functions[0] && aligned) {
-    *rows = forced_rows ? forced_rows
-                        : qk_rows(tokens, heads_of_q, others, QK_GROUPS(head_dim), most,
-                                  kernels->num_sms);
+    *rows = forced_rows
+                ? forced_rows
+                : qk_rows(tokens, heads_of_q, others, QK_GROUPS(head_dim), most, kernels->num_sms);
     return *rows == 4 ? 2 : *rows - 1;
   }
   static int said[2];  // a slow path announces itself, once
@@ -324,8 +324,9 @@ void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked
   const int head_dim = c->variant.head_dim;
   int rows;
   qk_fill_launch(params, c->variant.dtype == QK_F32 ? 4 : 2, frac, p);
-  out->function = qk_choose_kernel(kernels, kernels->function[0] && is_aligned(c, p), p->side[0].heads, p->side[1].heads,
-                                   p->tokens, head_dim, &rows, answer);
+  out->function =
+      qk_choose_kernel(kernels, kernels->function[0] && is_aligned(c, p), p->side[0].heads,
+                       p->side[1].heads, p->tokens, head_dim, &rows, answer);
   p->q_slots = qk_shape_side(&p->side[0], rows, head_dim);
   const int slots = p->q_slots + qk_shape_side(&p->side[1], rows, head_dim);
   qk_shape_grid(kernels, p->tokens, slots, rows, head_dim, out);

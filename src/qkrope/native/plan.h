@@ -39,7 +39,7 @@ typedef struct {
   float attention_factor;
   int num_frac;
   qk_frac* frac;
-  qk_pair* pairs;       // as many as frac
+  qk_pair* pairs;  // as many as frac
   qk_slot* slots;
 } qk_plan;
 
