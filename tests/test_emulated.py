@@ -77,6 +77,12 @@ SHAPES = {
     ),
     "block_half": Recipe(Spec(3, 3, 64, rope=Rope(pairing="block_half")), angle="channel"),
     "layer of 1024": Recipe(Spec(2, 1, 1024, norm=Norm("layer")), dtype=FP32, bias=True),
+    "eager, float32 weight": Recipe(
+        Spec(3, 2, 64, norm=Norm("layer", weight_offset=1.0), rounding="A/f"),
+        weight_dtype=FP32,
+        bias=True,
+        scale="token",
+    ),
     "head of 2": Recipe(Spec(3, 2, 2, norm=Norm("layer"), order="rope_first")),
     "row": Recipe(Spec(24, 24, 128, norm=ROW), weight_shape="row"),
     "rows, long and short": Recipe(

@@ -272,6 +272,7 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
         if (more.bias) {
           const char* row = row_of(more.bias, more.bias_dtype, h * more.bias_head);
           read_channels<kSide, kBytes>(row, more.bias_dtype, first, 0.0f, bias);
+          if (Is::kSteps) round_all(bias);
         }
         normalise_all<kSide>(v, span, whole[i], rest[i], weight, bias, more.bias);
       }

@@ -71,6 +71,11 @@ struct Values {
   float a[kCount], b[kCount];
 };
 
+[[maybe_unused]] __device__ __forceinline__ void round_all(Values& v) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v.a[i] = Round::round(v.a[i]), v.b[i] = Round::round(v.b[i]);
+}
+
 __device__ __forceinline__ bool is_there(int first, int i) {
   return kFullLanes || first + i < kPairs;
 }
@@ -144,8 +149,8 @@ __device__ __forceinline__ void read_weight(const qk_launch_side& side, const qk
     const bool b = Is::kWhole || norm_b<kSide>(first + i) < Is::kSpec.dim;
     w.a[i] = qk::effective_weight(w.a[i], a ? offset : other);
     w.b[i] = qk::effective_weight(w.b[i], b ? offset : other);
-    if (Is::kSteps) w.a[i] = Round::round(w.a[i]), w.b[i] = Round::round(w.b[i]);
   }
+  if (Is::kSteps) round_all(w);
 }
 
 // ---- statistics -------------------------------------------------------------------------------
