@@ -93,9 +93,13 @@ __device__ __forceinline__ void read_run(const char* row, int type, int channel,
   }
   unsigned words[kMany / 2];
   load_run<kMany / 2, 16>(row + channel * 2, words);
+  if (type == QK_BF16) {
 #pragma unroll
-  for (int i = 0; i < kMany; ++i)
-    to[i] = type == QK_BF16 ? element<QK_BF16>(words, i) : element<QK_F16>(words, i);
+    for (int i = 0; i < kMany; ++i) to[i] = element<QK_BF16>(words, i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kMany; ++i) to[i] = element<QK_F16>(words, i);
+  }
 }
 
 // The channels below weight_dim of a weight or bias; the others are `absent`.
@@ -132,15 +136,14 @@ __device__ __forceinline__ const char* row_of(const void* base, int type, long l
 
 template <int kSide, int kBytes>
 __device__ __forceinline__ void read_weight(const qk_launch_side& side, const qk_launch_extra& more,
-                                            int head, int first, Values& w) {
+                                            const void* row, int first, Values& w) {
   using Is = Of<kSide>;
   if (!side.weight) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) w.a[i] = w.b[i] = 1.0f;
     return;
   }
-  const char* row = row_of(side.weight, more.weight_dtype, head * more.weight_head);
-  read_channels<kSide, kBytes>(row, more.weight_dtype, first, 1.0f, w);
+  read_channels<kSide, kBytes>((const char*)row, more.weight_dtype, first, 1.0f, w);
   const float offset = side.weight_offset, other = more.rest_offset;
   if (!Is::kSteps && offset == 0.0f && other == 0.0f) return;
 #pragma unroll
