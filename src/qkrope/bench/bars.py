@@ -43,16 +43,18 @@ class Bar:
     rotary: int | None = None
     pairing: str = "half"
     dtype: str = "bfloat16"
+    norm: Norm = Norm()
 
     @property
     def shape(self) -> Shape:
         """The case as a bench shape."""
         q, k, v = self.heads
         rope = Rope(dim=self.rotary, theta=1e6, pairing=self.pairing)
-        return Shape(self.name, Spec(q, k, self.head_dim, norm=Norm(), rope=rope), v)
+        return Shape(self.name, Spec(q, k, self.head_dim, norm=self.norm, rope=rope), v)
 
 
 _QWEN = (32, 8, 8)
+_ROW = Norm(scope="row")
 BARS: tuple[Bar, ...] = (
     Bar("1 token", _QWEN, 128, 1, "hot", 1.17),
     Bar("64 hot", _QWEN, 128, 64, "hot", 1.18),
@@ -79,6 +81,9 @@ BARS: tuple[Bar, ...] = (
     Bar("rotary 96 of 128", _QWEN, 128, 4096, "cold", 1.07, rotary=96),
     Bar("float16 4096", _QWEN, 128, 4096, "cold", 1.05, dtype="float16"),
     Bar("float32 4096", _QWEN, 128, 4096, "cold", 1.05, dtype="float32"),
+    Bar("row 40/40/40", (40, 40, 40), 128, 4096, "cold", 1.10, pairing="interleaved", norm=_ROW),
+    Bar("row 48/8/8", (48, 8, 8), 128, 4096, "cold", 1.10, rotary=64, norm=_ROW),
+    Bar("layer 48/48/48 x 64", (48, 48, 48), 64, 4096, "cold", None, norm=Norm("layer")),
 )
 
 

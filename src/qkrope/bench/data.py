@@ -49,8 +49,10 @@ def make_inputs(
     some = torch.randn(min(tokens, _ROWS), shape.width, generator=rng).to(device, dtype)
     qkv = some[torch.arange(tokens, device=device) % _ROWS]
     weights: list[torch.Tensor | None] = []
-    for norm in (spec.q_norm, spec.k_norm_resolved):
-        weight = 0.5 + torch.rand(spec.head_dim, generator=rng) - norm.weight_offset
+    sides = ((spec.q_norm, spec.num_q_heads), (spec.k_norm_resolved, spec.num_kv_heads))
+    for norm, heads in sides:
+        width = (heads if norm.scope == "row" else 1) * spec.head_dim  # as models have them
+        weight = 0.5 + torch.rand(width, generator=rng) - norm.weight_offset
         weights.append(None if norm.kind == "none" else weight.to(device, dtype))
     positions = torch.randint(0, MAX_POSITION, (tokens,), generator=rng)
     positions[0] = 0
