@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .spec import MAX_HEAD_DIM, Spec
+from .spec import MAX_HEAD_DIM, Rope, Spec
 
 DTYPES = ("float32", "bfloat16", "float16")  # by the numbers of params.h
 ANGLES = ("none", "phase", "table", "inv_freq")
@@ -13,16 +13,33 @@ NORMS = ("none", "rms")
 
 
 def unsupported(spec: Spec) -> str | None:
-    """Names the first value of ``spec`` that no kernel runs yet, or None."""
+    """Names the first value of ``spec`` that no kernel runs yet, or None.
+
+    ``Rope.freq_dim`` runs: it is in the frequencies alone.
+    """
     for side, norm in (("norm", spec.q_norm), ("k_norm", spec.k_norm_resolved)):
         if norm.kind not in NORMS:
             return f"{side}.kind={norm.kind!r}"
         if norm.kind != "none" and norm.scope != "head":
             return f"{side}.scope={norm.scope!r}"
+        if norm.dim is not None:
+            return f"{side}.dim={norm.dim!r}"
+    if spec.v_norm is not None:
+        return f"v_norm={spec.v_norm.kind!r}"
     if spec.order != "norm_first":
         return f"order={spec.order!r}"
     if spec.rounding != "once":
         return f"rounding={spec.rounding!r}"
+    return None if spec.rope is None else _unsupported_rope(spec.rope)
+
+
+def _unsupported_rope(rope: Rope) -> str | None:
+    if rope.pairing not in PAIRINGS:
+        return f"rope.pairing={rope.pairing!r}"
+    names = ("offset", "pair_distance", "reverse", "output_pairing", "mrope_section", "axes_dim")
+    for name in names:
+        if value := getattr(rope, name):
+            return f"rope.{name}={value!r}"
     return None
 
 
