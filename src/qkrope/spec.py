@@ -161,12 +161,17 @@ class Spec:
 
     @classmethod
     def from_config(
-        cls, config: Any, layer_idx: int | None = None, *, rounding: str = "once"
+        cls,
+        config: Any,
+        layer_idx: int | None = None,
+        *,
+        rounding: Rounding = "once",
+        part: str = "attention",
     ) -> Spec:
         """The Spec of one layer of a Hugging Face config: see ``qkrope.config``."""
         from .config import spec_from_config  # config.py builds Specs, so it imports this module
 
-        return spec_from_config(config, layer_idx, rounding=rounding)
+        return spec_from_config(config, layer_idx, rounding=rounding, part=part)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Fields only: what backends cache on an instance stays with that instance.
