@@ -8,6 +8,7 @@ import numbers
 from typing import Any, NoReturn
 
 __all__ = [
+    "MAX_COLUMNS",
     "MAX_HEAD_DIM",
     "choice",
     "flag",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 MAX_HEAD_DIM = 1024  # twin of QK_MAX_HEAD_DIM in native/params.h
+MAX_COLUMNS = 1 << 30  # of a packed row
 
 _FLOAT32_MAX = 3.4028234663852886e38
 
