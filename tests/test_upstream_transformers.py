@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from upstream_families import FAMILIES
-from upstream_transformers import Family, default_calls, run, table_of
+from upstream_families import FAMILIES as PLAIN
+from upstream_latent import FAMILIES as LATENT
+from upstream_transformers import Family, calls_of, run
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.id)
+@pytest.mark.parametrize("family", [*PLAIN, *LATENT], ids=lambda f: f.id)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_family(family: Family, dtype: torch.dtype) -> None:
     bits = dtype == torch.bfloat16
     config, layers, positions = run(family, dtype)
     for index, seen in zip(family.layers, layers, strict=True):
-        make = family.calls or default_calls
+        make = family.calls or calls_of
         for call in make(family, seen, config, index, "upstream" if bits else "once"):
-            if bits and call.spec.rope is not None:
-                call.extras.setdefault("cos_sin", table_of(seen, call.spec))
-            elif call.positions is None:
-                call.positions = positions if call.spec.rope is not None else None
+            if call.positions is None:
+                call.positions = positions
             call.check(bits=bits, exact=family.exact)

@@ -7,7 +7,7 @@ to its attention function.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,9 @@ class Seen:
     q: Tensor | None = None  # [..., heads, head_dim] as attention gets it
     k: Tensor | None = None
     v: Tensor | None = None
+    positions: Tensor | None = None
+    out: Tensor | None = None  # of the attention function
+    products: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # matmuls of its indexer
 
 
 @contextmanager
@@ -102,7 +105,8 @@ def compare(got: Tensor | None, expected: Tensor, terms: Tensor) -> None:
     """float32: within 1e-5 of the sum of the formula's absolute terms."""
     assert got is not None and got.dtype == torch.float32 and got.shape == expected.shape
     error = (got.double() - expected.double()).abs() / terms.double().clamp_min(1e-30)
-    assert float(error.max()) <= 1e-5, f"{float(error.max()):.3g} of the terms"
+    worst = float(error.detach().max())
+    assert worst <= 1e-5, f"{worst:.3g} of the terms"
 
 
 def compare_bits(got: Tensor | None, expected: Tensor, exact: bool = True) -> None:
@@ -134,18 +138,28 @@ class Call:
     k_weight: Tensor | None = None
     positions: Any = None
     extras: dict[str, Any] = field(default_factory=dict)
+    own_angles: bool = True  # float32 too takes upstream's table where this is False
+    table: Any = None  # upstream's cos and sin
+    after: Callable[[Tensor], Tensor] | None = None  # what upstream does to the rounded q, then
     got: tuple[Tensor | None, ...] = ()  # upstream's q, k (and v)
 
     def check(self, *, bits: bool, exact: bool = True) -> None:
         """Hold upstream's results to the oracle."""
-        args = (self.q, self.k, self.q_weight, self.k_weight, self.positions, self.spec)
-        results = reference.qk_norm_rope(*args, **self.extras)
+        extras, positions = dict(self.extras), self.positions
+        if self.spec.rope is None:
+            positions = None
+        elif bits or not self.own_angles:
+            extras["cos_sin"], positions = self.table, None
+        args = (self.q, self.k, self.q_weight, self.k_weight, positions, self.spec)
+        results = reference.qk_norm_rope(*args, **extras)
         if bits:
+            if self.after is not None:
+                results = (self.after(results[0]), *results[1:])
             for got, result in zip(self.got, results, strict=True):
                 if result is not None:
                     compare_bits(got, result, exact)
             return
-        terms = reference.criterion_terms(*args, **self.extras)
+        terms = reference.criterion_terms(*args, **extras)
         for got, result, term in zip(self.got, results, terms, strict=True):
             if result is not None:
                 compare(got, result, term)

@@ -28,6 +28,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "num_hidden_layers": 1,
     "vocab_size": 32,
+    "vocab_size_per_layer_input": 32,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -58,20 +59,26 @@ class Family:
     norms: tuple[str, str] = ("q_norm", "k_norm")
     heads: Callable[[Seen, Spec], tuple[Tensor, Tensor, Tensor | None]] | None = None
     calls: Callable[[Seen, Any, int, str], list[Call]] | None = None
+    extras: Callable[[Seen, Any], dict[str, Any]] | None = None
+    forward: Callable[[nn.Module, Tensor, Tensor], Any] | None = None
     exact: bool = True
-    reason: str = ""  # why the bits may differ
+    own_angles: bool = True
+    counted: bool = False  # positions are the tokens' indices
+    same_axes: bool = False  # every axis has the same positions, as in text
+    wide_table: bool = False  # the two channels of a pair have angles of their own
+    note: str = ""
 
     @property
     def id(self) -> str:
         """A name for a test."""
-        return self.model_type
+        return self.model_type + (f"-{self.note}" if self.note else "")
 
 
 def build(family: Family) -> tuple[Any, nn.Module]:
     """The config and the model, in float32, with random weights."""
     cls = CONFIG_MAPPING[family.model_type]
-    probe = cls()
-    small = {key: value for key, value in SMALL.items() if hasattr(probe, key)}
+    names = {*vars(cls()), *cls.attribute_map}
+    small = {key: value for key, value in SMALL.items() if key in names}
     config = cls(**copy.deepcopy({**small, **family.fields}))
     config._attn_implementation = "eager"
     if family.model:
@@ -101,7 +108,10 @@ def captured(seen: Mapping[nn.Module, Seen]) -> Iterator[None]:
                 record.q, record.k, record.v = (
                     x.transpose(1, 2).clone() for x in (query, key, value)
                 )
-            return function(module, query, key, value, *args, **kw)
+            result = function(module, query, key, value, *args, **kw)
+            if record is not None:
+                record.out = result[0].clone()
+            return result
 
         return attention
 
@@ -110,6 +120,32 @@ def captured(seen: Mapping[nn.Module, Seen]) -> Iterator[None]:
         yield
     finally:
         AttentionInterface.get_interface = original
+
+
+@contextmanager
+def multiplied(seen: Mapping[nn.Module, Seen]) -> Iterator[None]:
+    """The factors of every matmul in a module's indexer go into ``seen``."""
+    original, running, handles = torch.matmul, [], []
+
+    def matmul(a: Tensor, b: Tensor, *args: Any, **kw: Any) -> Tensor:
+        if running:
+            running[-1].products.append((a.clone(), b.clone()))
+        return original(a, b, *args, **kw)
+
+    for module, record in seen.items():
+        if (indexer := getattr(module, "indexer", None)) is not None:
+            start = lambda m, args, record=record: running.append(record)  # noqa: E731
+            handles.append(indexer.register_forward_pre_hook(start))
+            handles.append(
+                indexer.register_forward_hook(lambda m, args, out: running.pop() and None)
+            )
+    torch.matmul = matmul
+    try:
+        yield
+    finally:
+        torch.matmul = original
+        for handle in handles:
+            handle.remove()
 
 
 def positions_of(axes: int) -> Tensor:
@@ -130,22 +166,37 @@ def run(family: Family, dtype: torch.dtype) -> tuple[Any, list[Seen], Tensor]:
     model = model.to(dtype)
     ids = torch.randint(3, 30, (BATCH, TOKENS))
     positions = positions_of(family.axes)
-    with torch.no_grad(), watched(modules) as seen, captured(seen):
-        model(input_ids=ids, position_ids=positions, use_cache=False)
+    if family.counted:
+        positions = torch.arange(TOKENS).expand_as(positions)
+    if family.same_axes:
+        positions = positions[:1].expand_as(positions)
+    with torch.no_grad(), watched(modules) as seen, captured(seen), multiplied(seen):
+        if family.forward is not None:
+            family.forward(model, ids, positions)
+        else:
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+    for record in seen.values():
+        record.positions = positions
     return config, [seen[module] for module in modules], positions
 
 
-def table_of(seen: Seen, spec: Spec) -> tuple[Tensor, Tensor] | None:
-    """The model's own cos and sin, one value a pair."""
+def table_of(seen: Seen, spec: Spec, wide: bool = False) -> tuple[Tensor, Tensor] | None:
+    """The model's own cos and sin, one value a pair or, ``wide``, one a channel."""
     table = seen.kwargs.get("position_embeddings")
     if table is None and len(seen.args) > 1:
         table = seen.args[1]
     if spec.rope is None or table is None:
         return None
+    if isinstance(table, dict):  # by the type of rope
+        table = table["main" if seen.module.layer_type == "sliding_attention" else "compress"]
     if isinstance(table, Tensor):  # complex
         return table.real, table.imag
     cos, sin = table
     pairs = spec.rotary_dim // 2
+    if wide:
+        return cos, sin
+    if cos.shape[-1] == pairs:
+        return cos, sin
     if spec.rope.pairing == "interleaved" and spec.rope.output_pairing is None:
         return cos[..., 0 : 2 * pairs : 2], sin[..., 0 : 2 * pairs : 2]
     return cos[..., :pairs], sin[..., :pairs]
@@ -172,17 +223,34 @@ def weights_of(family: Family, seen: Seen, spec: Spec) -> dict[str, Tensor | Non
     found: dict[str, Tensor | None] = {}
     for side, name in zip("qk", family.norms, strict=True):
         for kind in ("weight", "bias"):
-            found[f"{side}_{kind}"] = attribute(seen.module, f"{name}.{kind}")
+            value = attribute(seen.module, f"{name}.{kind}")
+            if (heads := attribute(seen.module, f"{name}.norms")) is not None and kind == "weight":
+                value = torch.stack([norm.weight for norm in heads])  # a norm for each head
+            found[f"{side}_{kind}"] = value
     return found
 
 
-def default_calls(family: Family, seen: Seen, config: Any, layer: int, rounding: str) -> list[Call]:
+def calls_of(family: Family, seen: Seen, config: Any, layer: int, rounding: str) -> list[Call]:
     """Q and K (and V where it is normalised) of one layer in one call."""
     spec = Spec.from_config(config, layer, rounding=rounding)
     q, k, v = (family.heads or projections)(seen, spec)
     weights = weights_of(family, seen, spec)
     extras: dict[str, Any] = {f"{s}_bias": weights[f"{s}_bias"] for s in "qk"}
     got: tuple[Tensor | None, ...] = (seen.q, seen.k)
-    if spec.v_norm is not None:
+    if spec.v_norm is not None and v is not None:
         extras["v"], got = v, (*got, seen.v)
-    return [Call(spec, q, k, weights["q_weight"], weights["k_weight"], extras=extras, got=got)]
+    if family.extras is not None:
+        extras |= family.extras(seen, config)
+    return [
+        Call(
+            spec,
+            q,
+            k,
+            weights["q_weight"],
+            None if k is None else weights["k_weight"],
+            extras=extras,
+            table=table_of(seen, spec, family.wide_table),
+            own_angles=family.own_angles,
+            got=got,
+        )
+    ]

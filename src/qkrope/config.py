@@ -105,22 +105,22 @@ def spec_from_config(
 
 def _attention(layer: Layer, rounding: Rounding) -> Spec:
     family, c = layer.family, layer.config
-    k_norm: Norm | None = None
-    if family.k_norm is not None:
-        k_norm = family.k_norm(layer)
-    if family.latent is not None:
-        layer = _latent_layer(layer, c.integer("kv_lora_rank"))
-        eps = c.get("rms_norm_eps") if family.latent.eps is None else family.latent.eps
-        rest = Norm(eps=eps) if family.latent.rest else None
-        k_norm = Norm(eps=eps, dim=c.integer("kv_lora_rank"), rest=rest)
-        layer = replace(layer, num_kv_heads=1)
-    return _spec(layer, family.norm(layer), k_norm, rounding, family.rounding)
+    if family.latent is None:
+        return _spec(layer, family.norm(layer), None, rounding)
+    rank = c.integer("kv_lora_rank")
+    eps = c.get("rms_norm_eps") if family.latent.eps is None else family.latent.eps
+    rest = Norm(eps=eps) if family.latent.rest else None
+    k_norm = Norm(eps=eps, dim=rank, rest=rest)
+    layer = replace(_latent_layer(layer, rank), num_kv_heads=1)
+    if family.rope(layer) is None:  # then no channels are set aside to turn
+        layer, k_norm = replace(layer, head_dim=rank), Norm(eps=eps)
+    return _spec(layer, Norm("none"), k_norm, rounding)
 
 
 def _query(layer: Layer, rounding: Rounding) -> Spec:
     layer = _latent_layer(layer, layer.config.integer("qk_nope_head_dim"))
     layer = replace(layer, num_kv_heads=layer.num_q_heads)
-    return _spec(layer, Norm("none"), None, rounding, layer.family.rounding)
+    return _spec(layer, Norm("none"), None, rounding)
 
 
 def _latent_layer(layer: Layer, width: int) -> Layer:
@@ -163,9 +163,15 @@ def _indexer(layer: Layer, rounding: Rounding) -> Spec:
 
 
 def _spec(
-    layer: Layer, norm: Norm, k_norm: Norm | None, rounding: Rounding, upstream: Rounding
+    layer: Layer,
+    norm: Norm,
+    k_norm: Norm | None,
+    rounding: Rounding,
+    upstream: Rounding | None = None,
 ) -> Spec:
     family = layer.family
+    if rounding == "upstream":
+        rounding = upstream or family.roundings.get(layer.kind, family.rounding)
     return Spec(
         num_q_heads=layer.num_q_heads,
         num_kv_heads=layer.num_kv_heads,
@@ -174,7 +180,7 @@ def _spec(
         k_norm=k_norm,
         rope=family.rope(layer),
         order=family.order,
-        rounding=upstream if rounding == "upstream" else rounding,
+        rounding=rounding,
         max_position_embeddings=layer.config.get("max_position_embeddings", None),
         v_norm=None if family.v_norm is None else family.v_norm(layer),
     )

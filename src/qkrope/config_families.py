@@ -347,10 +347,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "dots3_note_text": replace(
         _DSA,
+        roundings={"indexed_attention": "A/f"},  # tables in float32 there
         theta=8e7,
         local_theta=5e4,
         latent=Latent(eps=None, pairing="interleaved", rest=True),
-        indexer=_INTERLEAVED_INDEXER,
+        indexer=replace(_INTERLEAVED_INDEXER, rounding="B/f"),
         rope=nested,
         layer_types=dots3_layers,
         overrides=dots3_shape,

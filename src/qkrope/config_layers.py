@@ -49,7 +49,7 @@ class Family:
 
     norm: NormOf
     rounding: Rounding = "A/b"  # what rounding="upstream" stands for
-    k_norm: NormOf | None = None
+    roundings: Mapping[str, Rounding] = field(default_factory=dict)  # of layer types that differ
     v_norm: NormOf | None = None
     order: str = "norm_first"
     pairing: str = "half"
