@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from upstream_families import FAMILIES as PLAIN
 from upstream_latent import FAMILIES as LATENT
 from upstream_transformers import Family, calls_of, run

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from upstream import Seen
-from upstream_transformers import TOKENS, Family, projections
 
 from qkrope.spec import Spec
+from upstream import Seen
+from upstream_transformers import TOKENS, Family, projections
 
 
 def beam_scale(seen: Seen, config: Any) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qkrope.spec import Spec
 from upstream import Call, Seen
 from upstream_transformers import Family, attribute, table_of
-
-from qkrope import angles
-from qkrope.spec import Spec
 
 MLA = {
     "q_lora_rank": 24,

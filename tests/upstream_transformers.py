@@ -14,9 +14,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 from transformers.modeling_utils import AttentionInterface
-from upstream import Call, Seen, randomize, watched
 
 from qkrope.spec import Spec
+from upstream import Call, Seen, randomize, watched
 
 BATCH, TOKENS = 2, 5
 SMALL = {

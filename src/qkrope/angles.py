@@ -198,8 +198,11 @@ def _llama3(s: Llama3, ask: _Ask) -> _Result:
     inv_freq = []
     for f in ask.powers(ask.theta):
         turns = s.original_max_position_embeddings * f / (2 * math.pi)
-        keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-        keep = min(max(keep, 0.0), 1.0)
+        width = s.high_freq_factor - s.low_freq_factor
+        if width:
+            keep = min(max((turns - s.low_freq_factor) / width, 0.0), 1.0)
+        else:  # no ramp: a step (Llama 4 Scout)
+            keep = float(turns > s.high_freq_factor)
         inv_freq.append(f / s.factor * (1.0 - keep) + f * keep)
     return inv_freq, 1.0
 
