@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qkrope import reference
+from qkrope.accuracy import round_once
 from qkrope.spec import Spec
 
 BF16 = torch.bfloat16
@@ -72,10 +73,10 @@ def watched(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Seen]]:
 
 
 def randomize(model: nn.Module, modules: list[nn.Module], head_dim: int) -> None:
-    """Distinct norm weights, and projections whose second, fourth, ... head is 500 times smaller.
+    """Distinct norm weights, and projections of which some heads are 500 times smaller.
 
-    There an epsilon is no longer a small correction. Parameters that a model leaves empty get
-    values.
+    There an epsilon is no longer a small correction: every second head, and where a norm covers the
+    row of all heads those of the keys. Parameters that a model leaves empty get values.
     """
     generator = torch.Generator().manual_seed(1234)
 
@@ -84,21 +85,34 @@ def randomize(model: nn.Module, modules: list[nn.Module], head_dim: int) -> None
 
     with torch.no_grad():
         for p in model.parameters():
-            if p.is_floating_point() and not bool(p.abs().amax() < 1e3) if p.numel() else False:
+            if p.is_floating_point() and p.numel() and not bool(p.abs().amax() < 1e3):
                 p.copy_(0.02 * normal(p))
         for module in modules:
+            norms = [(n, m) for n, m in module.named_modules() if _is_norm(n, m)]
+            weights = [getattr(m, "weight", None) for _, m in norms]
+            row = any(w is not None and w.ndim == 1 and w.numel() > head_dim for w in weights)
             for name, child in module.named_modules():
                 own = dict(child.named_parameters(recurse=False))
                 if isinstance(child, nn.Linear):
-                    rows = torch.arange(child.out_features) // head_dim
-                    size = torch.where(rows % 2 == 0, 1.0, 0.002)[:, None]
-                    child.weight.copy_(normal(child.weight) * size / child.in_features**0.5)
-                elif "norm" in name.lower() or "norm" in type(child).__name__.lower():
+                    heads = torch.arange(child.out_features) // head_dim
+                    small = heads % 2 == 1
+                    if row and any(part in name.split(".")[-1].split("_") for part in "k"):
+                        small = torch.ones_like(small)
+                    size = torch.where(small, 0.002, 1.0)
+                    scaled = normal(child.weight) * size[:, None] / child.in_features**0.5
+                    child.weight.copy_(scaled)
+                    if child.bias is not None:
+                        child.bias.copy_(0.1 * normal(child.bias) * size)
+                elif _is_norm(name, child):
                     for key, p in own.items():
                         p.copy_(0.3 * normal(p) + (0.9 if key == "weight" else 0.0))
                 else:
                     for p in own.values():
                         p.copy_(0.3 * normal(p))
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    return "norm" in name.lower() or "norm" in type(module).__name__.lower()
 
 
 def compare(got: Tensor | None, expected: Tensor, terms: Tensor) -> None:
@@ -109,16 +123,17 @@ def compare(got: Tensor | None, expected: Tensor, terms: Tensor) -> None:
     assert worst <= 1e-5, f"{worst:.3g} of the terms"
 
 
-def compare_bits(got: Tensor | None, expected: Tensor, exact: bool = True) -> None:
+def compare_bits(
+    got: Tensor | None, expected: Tensor, exact: bool = True, share: float = 1e-4
+) -> None:
     """bfloat16: the same bits, or (``exact=False``) >= 99.99 % equal and the rest within 1 ulp."""
     assert got is not None and got.dtype == expected.dtype == BF16 and got.shape == expected.shape
     different = got != expected
-    share = float(different.double().mean())
-    if exact:
-        assert not share, f"{share:.3%} differ"
-        return
-    steps = (_ordered(got) - _ordered(expected)).abs()
-    assert share <= 1e-4 and int(steps.max()) <= 1, f"{share:.3%}, {int(steps.max())} ulp"
+    found = float(different.double().mean())
+    steps = int((_ordered(got) - _ordered(expected)).abs().max())
+    if exact and share < 1e-3:
+        assert not found, f"{found:.3%} differ, by at most {steps} ulp"
+    assert found <= share and steps <= 1, f"{found:.3%} differ, by at most {steps} ulp"
 
 
 def _ordered(x: Tensor) -> Tensor:
@@ -140,7 +155,9 @@ class Call:
     extras: dict[str, Any] = field(default_factory=dict)
     own_angles: bool = True  # float32 too takes upstream's table where this is False
     table: Any = None  # upstream's cos and sin
+    once: bool = False  # upstream rounds once too, from a float32 chain of its own
     after: Callable[[Tensor], Tensor] | None = None  # what upstream does to the rounded q, then
+    after_k: Callable[[Tensor], Tensor] | None = None
     got: tuple[Tensor | None, ...] = ()  # upstream's q, k (and v)
 
     def check(self, *, bits: bool, exact: bool = True) -> None:
@@ -153,11 +170,15 @@ class Call:
         args = (self.q, self.k, self.q_weight, self.k_weight, positions, self.spec)
         results = reference.qk_norm_rope(*args, **extras)
         if bits:
+            if self.once:
+                results = tuple(None if x is None else round_once(x, BF16) for x in results)
             if self.after is not None:
                 results = (self.after(results[0]), *results[1:])
+            if self.after_k is not None:
+                results = (results[0], self.after_k(results[1]))
             for got, result in zip(self.got, results, strict=True):
                 if result is not None:
-                    compare_bits(got, result, exact)
+                    compare_bits(got, result, exact, share=1e-3 if self.once else 1e-4)
             return
         terms = reference.criterion_terms(*args, **extras)
         for got, result, term in zip(self.got, results, terms, strict=True):
