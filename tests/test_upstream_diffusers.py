@@ -11,7 +11,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from upstream_dits import ADAPTERS
+
+from upstream_dits import ADAPTERS as DITS
+from upstream_joint import ADAPTERS as JOINT
+from upstream_videos import ADAPTERS as VIDEOS
+
+ADAPTERS = {**JOINT, **VIDEOS, **DITS}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from upstream_encoders import ADAPTERS
 from upstream_families import FAMILIES as PLAIN
 from upstream_latent import FAMILIES as LATENT
 from upstream_transformers import Family, calls_of, run
@@ -27,3 +28,12 @@ def test_family(family: Family, dtype: torch.dtype) -> None:
             if call.positions is None:
                 call.positions = positions
             call.check(bits=bits, exact=family.exact)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_module(name: str, dtype: torch.dtype) -> None:
+    """Encoders, by the catalogue's Specs."""
+    torch.manual_seed(3)
+    for call in ADAPTERS[name](dtype):
+        call.check(bits=dtype == torch.bfloat16)

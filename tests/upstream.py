@@ -28,7 +28,8 @@ class Seen:
 
     module: nn.Module
     inputs: dict[str, Tensor] = field(default_factory=dict)  # of its children, by name
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # the last, where called again
+    first: dict[str, Tensor] = field(default_factory=dict)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     q: Tensor | None = None  # [..., heads, head_dim] as attention gets it
@@ -51,6 +52,7 @@ def watched(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Seen]]:
                 record.inputs[name] = args[0].clone()
             if isinstance(output, Tensor):
                 record.outputs[name] = output.clone()
+                record.first.setdefault(name, output.clone())
 
         return hook
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkrope.spec import Spec
-from upstream import Seen
-from upstream_transformers import TOKENS, Family, projections
+from upstream import Call, Seen
+from upstream_transformers import TOKENS, Family, calls_of, projections
 
 
 def beam_scale(seen: Seen, config: Any) -> dict[str, Any]:
@@ -30,6 +31,34 @@ def llama4_scale(seen: Seen, config: Any) -> dict[str, Any]:
     index = torch.arange(TOKENS).float() + 1
     scale = torch.log1p(torch.floor(index / config.floor_scale)) * config.attn_scale + 1
     return {"q_scale": scale[:, None, None]}
+
+
+def t5gemma2_decoder(
+    family: Family, seen: Seen, config: Any, layer: int, rounding: str
+) -> list[Call]:
+    """The encoder's keys follow the decoder's: the same norm, no rotation."""
+    (call,) = calls_of(family, seen, config, layer, rounding)
+    own = call.k.shape[1]
+    call.k, call.got = (
+        seen.first["k_proj"].unflatten(-1, call.k.shape[2:]),
+        (seen.q, seen.k[:, :own]),
+    )
+    spec = replace(call.spec, rope=None)
+    k = seen.outputs["k_proj"].unflatten(-1, call.k.shape[2:])
+    cross = Call(spec, None, k, None, call.k_weight, got=(None, seen.k[:, own:]))
+    return [call, cross]
+
+
+def t5gemma2_forward(model: Any, ids: Tensor, positions: Tensor) -> None:
+    """A decoder that attends to an encoder's states."""
+    states = torch.randn(*ids.shape, model.config.hidden_size).to(model.dtype)
+    model(input_ids=ids, position_ids=positions, encoder_hidden_states=states, use_cache=False)
+
+
+def embedded(model: Any, ids: Tensor, positions: Tensor) -> None:
+    """A model that takes embeddings."""
+    x = torch.randn(*ids.shape, model.config.hidden_size).to(model.dtype)
+    model(inputs_embeds=x, position_ids=positions, use_cache=False)
 
 
 def shared(seen: Seen, spec: Spec) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -79,10 +108,55 @@ FAMILIES = [
         {**H16, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         axes=3,
     ),
+    Family(
+        "qwen3_omni_moe_text",
+        "Qwen3OmniMoeThinkerTextAttention",
+        {**H16, "rope_parameters": MROPE},
+        model="Qwen3OmniMoeThinkerTextModel",
+        axes=3,
+    ),
+    Family(
+        "qwen3_omni_moe_talker_text",
+        "Qwen3OmniMoeThinkerTextAttention",
+        {**H16, "rope_parameters": MROPE, "shared_expert_intermediate_size": 16},
+        model="Qwen3OmniMoeTalkerModel",
+        forward=embedded,
+        axes=3,
+    ),
+    Family(
+        "qwen3_omni_moe_talker_code_predictor",
+        "Qwen3OmniMoeTalkerCodePredictorAttention",
+        H16,
+        model="Qwen3OmniMoeTalkerCodePredictorModel",
+        forward=embedded,
+    ),
     Family("qwen3_next", "Qwen3NextAttention", {**LINEAR, "head_dim": 32}, (1,)),
     Family("qwen3_5_text", "Qwen3_5Attention", {**LINEAR, "head_dim": 256}, (1,), axes=3),
     Family("qwen3_5_moe_text", "Qwen3_5MoeAttention", {**LINEAR, "head_dim": 256}, (1,), axes=3),
     Family("gemma3_text", "Gemma3Attention", {**H16, **HYBRID}, (0, 1)),
+    Family(
+        "t5gemma2_text",
+        "T5Gemma2SelfAttention",
+        {**H16, **HYBRID, "dropout_rate": 0.0},
+        (0, 1),
+        model="T5Gemma2TextEncoder",
+    ),
+    Family(
+        "t5gemma2_decoder",
+        "T5Gemma2MergedAttention",
+        {**H16, **HYBRID, "dropout_rate": 0.0},
+        (0, 1),
+        model="T5Gemma2Decoder",
+        forward=t5gemma2_forward,
+        calls=t5gemma2_decoder,
+    ),
+    Family(
+        "diffusion_gemma_text",
+        "DiffusionGemmaEncoderTextAttention",
+        {**H16, **HYBRID, "global_head_dim": 32, "top_k_experts": 2},
+        (0, 1),
+        model="DiffusionGemmaEncoderTextModel",
+    ),
     Family(
         "gemma3n_text",
         "Gemma3nTextAttention",
@@ -118,6 +192,13 @@ FAMILIES = [
     Family("olmo3", "Olmo3Attention", HYBRID, (0, 1)),
     Family("flex_olmo", "FlexOlmoAttention"),
     Family("olmo_hybrid", "OlmoHybridAttention", LINEAR, (1,)),
+    Family(
+        "olmo_hybrid",
+        "OlmoHybridAttention",
+        {**LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": None}},
+        (1,),
+        note="released",
+    ),
     Family("olmoe", "OlmoeAttention"),
     Family("minimax_m2", "MiniMaxM2Attention", {"head_dim": 16, "rotary_dim": 8}),
     Family(
@@ -207,4 +288,5 @@ FAMILIES = [
     Family("doge", "DogeAttention"),
     Family("nanochat", "NanoChatAttention", norms=("", "")),
     Family("molmo2_text", "Molmo2Attention", H16),
+    Family("molmo2_text", "Molmo2Attention", {**H16, "qk_norm_type": "olmo"}, note="row"),
 ]

@@ -54,7 +54,6 @@ class Family:
     fields: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] = (0,)
     model: str = ""  # class name; empty: what AutoModel builds
-    module: str = ""  # the modeling module; empty: the config's own
     axes: int = 0
     norms: tuple[str, str] = ("q_norm", "k_norm")
     heads: Callable[[Seen, Spec], tuple[Tensor, Tensor, Tensor | None]] | None = None
@@ -74,15 +73,21 @@ class Family:
         return self.model_type + (f"-{self.note}" if self.note else "")
 
 
-def build(family: Family) -> tuple[Any, nn.Module]:
-    """The config and the model, in float32, with random weights."""
+def configure(family: Family) -> Any:
+    """A small config of a family."""
     cls = CONFIG_MAPPING[family.model_type]
     names = {*vars(cls()), *cls.attribute_map}
     small = {key: value for key, value in SMALL.items() if key in names}
     config = cls(**copy.deepcopy({**small, **family.fields}))
     config._attn_implementation = "eager"
+    return config
+
+
+def build(family: Family) -> tuple[Any, nn.Module]:
+    """The config and the model, in float32, with random weights."""
+    config = configure(family)
     if family.model:
-        path = family.module or type(config).__module__.replace("configuration_", "modeling_")
+        path = type(config).__module__.replace("configuration_", "modeling_")
         model = getattr(importlib.import_module(path), family.model)(config)
     else:
         model = transformers.AutoModel.from_config(config, attn_implementation="eager")

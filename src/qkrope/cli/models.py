@@ -7,6 +7,9 @@ from typing import Any
 
 from .common import OK, Output
 
+KINDS = ("llm", "vlm", "mla", "index", "enc", "dit")
+DEVICES = ("cpu", "cuda")
+
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Register the subcommand."""
@@ -16,8 +19,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="released models as Specs, and whether the kernels run them",
         description="Every call of every model runs on a few tokens: that is what covered means.",
     )
-    parser.add_argument("--device", default="cpu", help="whose kernels: cpu (default) or cuda")
-    parser.add_argument("--kind", help="llm, vlm, mla, index, enc or dit (default all)")
+    parser.add_argument(
+        "--device", default="cpu", choices=DEVICES, help="whose kernels (default cpu)"
+    )
+    parser.add_argument("--kind", choices=KINDS, help="these alone (default all)")
     parser.set_defaults(run=run)
 
 

@@ -95,6 +95,7 @@ class Entry:
     family: str
     kind: str  # llm, vlm, mla, index, enc, dit
     calls: tuple[Call, ...]
+    code: tuple[str, ...]  # model_types of transformers; for kind dit, files of diffusers
 
     def describe(self) -> str:
         """All calls in one line; calls that differ by their label alone are one."""
@@ -164,7 +165,7 @@ def _read(path: Path) -> Iterator[Entry]:
     for family in tomllib.loads(path.read_text(encoding="utf-8"))["family"]:
         for model, own in family["models"].items():
             calls = tuple(_call(family, own, call) for call in family["calls"])
-            yield Entry(model, family["name"], family["kind"], calls)
+            yield Entry(model, family["name"], family["kind"], calls, tuple(family["code"]))
 
 
 def _call(family: Mapping[str, Any], own: Mapping[str, Any], call: Mapping[str, Any]) -> Call:

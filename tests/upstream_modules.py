@@ -1,4 +1,4 @@
-"""Running one attention module of diffusers and turning what it did into calls of the catalogue."""
+"""Running one attention module and turning what it did into calls of the catalogue."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from qkrope.grid import grid_positions
+from qkrope.models import find
 from upstream import Call, Seen, randomize, watched
 
-from qkrope.models import find
-
-MODELS = "diffusers.models.transformers."
+DIFFUSERS, TRANSFORMERS = "diffusers.models.transformers.", "transformers.models."
 HEADS, BATCH, TEXT = 2, 2, 3
 GRID = (2, 3, 2)  # frames, height, width
 IMAGE = 12
+VIDEO = grid_positions(*GRID)  # [3, IMAGE]
+D = 128
+WIDTH = HEADS * D
+QK, ADDED = ("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,10 @@ class Attention:
     v: Tensor
 
 
-def load(path: str) -> Any:
-    """``file.Name`` below diffusers.models.transformers."""
+def load(path: str, package: str = DIFFUSERS) -> Any:
+    """``file.Name`` below a package."""
     module, name = path.rsplit(".", 1)
-    return getattr(importlib.import_module(MODELS + module), name)
+    return getattr(importlib.import_module(package + module), name)
 
 
 @contextmanager
@@ -97,6 +102,7 @@ def call_of(
     positions: Tensor | None = None,
     source: int = 0,
     groups: int = 1,
+    v_norm: str | None = None,
     extras: dict[str, Any] | None = None,
     raw: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> Call:
@@ -129,6 +135,9 @@ def call_of(
             keywords[f"{side}_bias"] = norm.bias
         y = got.q if side == "q" else got.k[:, :, ::groups]
         results.append(y[:, part].to(run.dtype))
+    if v_norm is not None:
+        keywords["v"] = run.raw(v_norm, heads[1], spec.head_dim)
+        results.append(got.v.to(run.dtype))
     (q, q_weight), (k, k_weight) = sides
     return Call(
         spec,
