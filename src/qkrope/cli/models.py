@@ -40,7 +40,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def rows(device: str = "cpu", kind: str | None = None) -> list[dict[str, Any]]:
-    """One plain object a model; ``specs`` are the canonical texts of its calls."""
+    """One plain object a model; ``specs`` are the canonical texts of its calls.
+
+    ``shape`` is ``spec`` without head counts and theta: what models of a family share.
+    """
     from qkrope.models import entries, reason
 
     found = []
@@ -54,6 +57,7 @@ def rows(device: str = "cpu", kind: str | None = None) -> list[dict[str, Any]]:
                 "family": entry.family,
                 "kind": entry.kind,
                 "spec": entry.describe(),
+                "shape": entry.describe(sizes=False),
                 "covered": why is None,
                 "reason": why,
                 "specs": [call.spec.canonical() for call in entry.calls],

@@ -64,17 +64,23 @@ class Call:
             choice(f"Call.{name}", getattr(self, name), words)
         object.__setattr__(self, "rounding", canonical_rounding("Call.rounding", self.rounding))
 
-    def describe(self) -> str:
-        """The call in one line: heads, norms, rotation, extras."""
+    def describe(self, sizes: bool = True) -> str:
+        """The call in one line: heads, norms, rotation, extras; or without head counts and theta.
+
+        q heads / k heads x head_dim; "-" where a side is absent.
+        """
         spec, takes = self.spec, self.takes
-        heads = {"q": f"{spec.num_q_heads}", "k": f"-/{spec.num_kv_heads}"}.get(
-            takes, f"{spec.num_q_heads}/{spec.num_kv_heads}"
+        heads = "/".join(
+            str(n) if side in takes else "-"
+            for side, n in (("q", spec.num_q_heads), ("k", spec.num_kv_heads))
         )
-        parts = [f"{heads} x {spec.head_dim}"]
+        parts = [f"{heads} x {spec.head_dim}" if sizes else f"{takes} x {spec.head_dim}"]
         q, k = _norm_text(spec.q_norm), _norm_text(spec.k_norm_resolved)
         norms = {"q": q, "k": k}.get(takes, q if q == k else f"q {q}, k {k}")
         parts.append(norms + (f", v {_norm_text(spec.v_norm)}" if spec.v_norm else ""))
-        parts.append(_rope_text(spec) + (", then norm" if spec.order == "rope_first" else ""))
+        parts.append(
+            _rope_text(spec, sizes) + (", then norm" if spec.order == "rope_first" else "")
+        )
         for side in "qk":
             if side in takes and getattr(self, f"{side}_weight") == "heads":
                 parts.append(f"{side} weight by head")
@@ -97,11 +103,11 @@ class Entry:
     calls: tuple[Call, ...]
     code: tuple[str, ...]  # model_types of transformers; for kind dit, files of diffusers
 
-    def describe(self) -> str:
+    def describe(self, sizes: bool = True) -> str:
         """All calls in one line; calls that differ by their label alone are one."""
         lines: dict[str, list[str]] = {}
         for call in self.calls:
-            text = call.describe().removeprefix(f"{call.label}: ")
+            text = call.describe(sizes).removeprefix(f"{call.label}: ")
             lines.setdefault(text, []).append(call.label)
         return "; ".join(
             f"{' and '.join(labels)}: {text}" if labels != [""] else text
@@ -124,7 +130,7 @@ def _norm_text(norm: Norm) -> str:
     return f"{text} eps {_number(norm.eps)}"
 
 
-def _rope_text(spec: Spec) -> str:
+def _rope_text(spec: Spec, sizes: bool) -> str:
     rope = spec.rope
     if rope is None:
         return "no rotation"
@@ -132,7 +138,7 @@ def _rope_text(spec: Spec) -> str:
     if rope.dim not in (None, spec.head_dim):
         text += f" {rope.dim}" + (f" from {rope.offset}" if rope.offset else "")
     text += f" at distance {rope.pair_distance}" if rope.pair_distance else ""
-    text += f" theta {_number(rope.theta)}"
+    text += f" theta {_number(rope.theta)}" if sizes else ""
     text += f" {type(rope.scaling).__name__}" if rope.scaling else ""
     axes = rope.mrope_section or rope.axes_dim
     if axes:
