@@ -18,7 +18,7 @@ import upstream_families
 import upstream_joint
 import upstream_latent
 import upstream_videos
-from checks import assert_criterion
+from checks import assert_chain, assert_criterion
 from qkrope import models, reference
 from qkrope.cli import main
 from qkrope.config import PARTS
@@ -128,6 +128,26 @@ def of_configs(model_type: str) -> frozenset[Spec]:
     return frozenset(found)
 
 
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.model)
+def test_the_casts_of_the_models_own_code(entry: Entry, device: str) -> None:
+    """Where the kernels run them they are the chain of casts, bit for bit but for ties."""
+    for call in entry.calls:
+        own = replace(call, spec=upstream(call))
+        args, keywords = cover.arguments(own, device, seed=2)
+        if call.rounding == "once":
+            continue
+        if models.problem(own, device) is not None:
+            with pytest.raises((TypeError, ValueError, NotImplementedError)):
+                qkrope.qk_norm_rope(*args, **keywords)
+            continue
+        results = qkrope.qk_norm_rope(*args, **keywords)
+        expected = reference.qk_norm_rope(*args, **keywords)
+        terms = reference.criterion_terms(*args, **keywords)
+        for result, ref, term in zip(results, expected, terms, strict=True):
+            if ref is not None:
+                assert_chain(result, ref, term, own.spec.rope is None or "cos_sin" in keywords)
+
+
 def split(row: Spec) -> tuple[Spec, ...]:
     """A row [latent | k_pe] of which both are normalised, as two heads."""
     norm, rope = row.k_norm_resolved, row.rope
@@ -207,14 +227,21 @@ def test_a_kind_and_a_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--kind", "robot"]) == 2
     assert "--kind" in capsys.readouterr().err
     assert main(["models", "--device", "abacus"]) == 2
+    if not torch.cuda.is_available():
+        assert main(["models", "--device", "cuda"]) == 1
+        assert "got 'cuda'" in capsys.readouterr().err
 
 
 def test_a_refusal_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Covered follows what the kernels say now."""
-    entry = models.find("Qwen3-8B")
+    entry = models.find("MiniMax-M3")
     assert models.reason(entry) is None
-    monkeypatch.setattr(cover, "unsupported", lambda spec: "norm.kind='rms'")
-    assert models.reason(entry) == "no kernel runs norm.kind='rms'"
+
+    def refuse(*args: object, **keywords: object) -> None:
+        raise ValueError("spec: no kernel runs this")
+
+    monkeypatch.setattr(qkrope.ops, "qk_norm_rope", refuse)
+    assert models.reason(entry) == "attention: spec: no kernel runs this"
 
 
 @pytest.mark.parametrize(
