@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -43,6 +45,11 @@ ALIKE = {
     "Wan2.2-TI2V-5B": "Wan2.1/2.2-14B",
     "LTX-2 audio": "LTX-2 video",
 }
+
+
+def test_reading_the_catalogue_needs_no_torch() -> None:
+    code = "import sys, qkrope.models as m; m.entries(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_name_is_there_once() -> None:

@@ -246,6 +246,18 @@ FAMILIES = [
     Family("axk1", "AXK1Attention", MLA, calls=latent),
     Family("youtu", "YoutuAttention", MLA, calls=latent),
     Family("minicpm3", "MiniCPM3Attention", MLA, calls=latent),
+    Family(
+        "bailing_hybrid",
+        "BailingHybridAttention",
+        {
+            **MLA,
+            "head_dim": 8,
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        (1,),
+        calls=latent,
+    ),
     Family("deepseek_v32", "DeepseekV32Attention", DSA, calls=latent),
     Family("glm_moe_dsa", "GlmMoeDsaAttention", DSA, calls=latent),
     Family("axk2", "AXK2Attention", DSA, calls=latent),

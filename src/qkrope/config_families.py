@@ -337,6 +337,12 @@ FAMILIES: dict[str, Family] = {
     "youtu": _DEEPSEEK_V3,
     "longcat_flash": Family(no_norm, theta=1e7, latent=Latent(pairing="interleaved")),
     "minicpm3": Family(no_norm, latent=Latent(pairing="half")),
+    "bailing_hybrid": Family(
+        no_norm,
+        theta=6e6,
+        latent=Latent(pairing="interleaved"),
+        layer_types=every("layer_group_size", 6, _LINEAR),
+    ),
     "deepseek_v32": _DSA,
     "axk2": _DSA,
     "glm_moe_dsa": replace(_DSA, indexer=_INTERLEAVED_INDEXER),
