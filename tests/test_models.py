@@ -20,7 +20,6 @@ import upstream_families
 import upstream_joint
 import upstream_latent
 import upstream_videos
-from checks import assert_chain, assert_criterion
 from qkrope import models, reference
 from qkrope.cli import main
 from qkrope.config import PARTS
@@ -86,23 +85,6 @@ def upstream(call: Call) -> Spec:
     return replace(call.spec, rounding=call.rounding)
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.model)
-def test_what_is_covered_computes_the_entry(entry: Entry, device: str) -> None:
-    """Where `models.problem` finds none, the kernels meet the criterion; else they refuse."""
-    for call in entry.calls:
-        args, keywords = cover.arguments(call, device, seed=1)
-        if models.problem(call, device) is not None:
-            with pytest.raises((TypeError, ValueError, NotImplementedError)):
-                qkrope.qk_norm_rope(*args, **keywords)
-            continue
-        results = qkrope.qk_norm_rope(*args, **keywords)
-        expected = reference.qk_norm_rope(*args, **keywords)
-        terms = reference.criterion_terms(*args, **keywords)
-        for result, ref, term in zip(results, expected, terms, strict=True):
-            if ref is not None:
-                assert_criterion(result, ref, term, result.dtype)
-
-
 def meaning(spec: Spec, takes: str) -> tuple[object, ...]:
     """A Spec without its sizes, theta, eps and scaling, as far as the given sides go."""
     norms = {"q": spec.q_norm, "k": spec.k_norm_resolved, "v": spec.v_norm}
@@ -133,26 +115,6 @@ def of_configs(model_type: str) -> frozenset[Spec]:
                 except ValueError as error:  # a layer or a part that the model lacks
                     assert "layer_idx" in str(error) or "a part that" in str(error)
     return frozenset(found)
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.model)
-def test_the_casts_of_the_models_own_code(entry: Entry, device: str) -> None:
-    """Where the kernels run them they are the chain of casts, bit for bit but for ties."""
-    for call in entry.calls:
-        own = replace(call, spec=upstream(call))
-        args, keywords = cover.arguments(own, device, seed=2)
-        if call.rounding == "once":
-            continue
-        if models.problem(own, device) is not None:
-            with pytest.raises((TypeError, ValueError, NotImplementedError)):
-                qkrope.qk_norm_rope(*args, **keywords)
-            continue
-        results = qkrope.qk_norm_rope(*args, **keywords)
-        expected = reference.qk_norm_rope(*args, **keywords)
-        terms = reference.criterion_terms(*args, **keywords)
-        for result, ref, term in zip(results, expected, terms, strict=True):
-            if ref is not None:
-                assert_chain(result, ref, term, own.spec.rope is None or "cos_sin" in keywords)
 
 
 def split(row: Spec) -> tuple[Spec, ...]:
