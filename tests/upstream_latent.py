@@ -300,7 +300,7 @@ FAMILIES = [
         {
             "head_dim": 16,
             "index_n_heads": 2,
-            "index_head_dim": 16,
+            "index_head_dim": 32,
             "index_block_size": 2,
             "layer_types": ["minimax_m3_sparse"],
             "rope_parameters": {
@@ -319,6 +319,7 @@ FAMILIES = [
         "Qwen4ExpTextAttention",
         {
             **QWEN4,
+            "indexer_head_dim": 32,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e4,

@@ -146,14 +146,19 @@ def _indexer(layer: Layer, rounding: Rounding) -> Spec:
     c, indexer = layer.config, layer.family.indexer
     assert indexer is not None
     heads, kv_heads, head_dim = indexer.keys
-    rotary = None if indexer.rotary is None else c.integer(indexer.rotary)
+    if indexer.rotary is not None:
+        rotary, shared = c.integer(indexer.rotary), _latent_layer(layer, 0).shared
+    else:  # the table of the attention heads, whatever the indexer's own head_dim
+        rope = layer.family.rope(layer)
+        rotary, shared = layer.head_dim, (layer.head_dim,)
+        rotary = rotary if rope is None or rope.dim is None else rope.dim
     layer = replace(
         layer,
         num_q_heads=c.integer(heads),
         num_kv_heads=1 if kv_heads is None else c.integer(kv_heads),
         head_dim=c.integer(head_dim),
         rotary=rotary,
-        shared=() if rotary is None else _latent_layer(layer, 0).shared,
+        shared=shared,
         trailing=indexer.trailing,
         pairing=indexer.pairing,
         output_pairing="half" if indexer.pairing == "interleaved" else None,
