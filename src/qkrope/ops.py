@@ -30,6 +30,10 @@ Positions = Tensor | tuple[Tensor | None, Tensor] | None
 _UNWRITTEN_WEIGHTS = 1  # nothing on the stream can have written them: no training step runs
 _cuda: Any = None  # the CUDA backend's entry, once a call needs it
 _grad_enabled = torch.is_grad_enabled
+# Is the call being traced, into an op of torch_op.py? By Dynamo (outside it a constant, and so the
+# cheaper question), or by torch.export without it, which has tensors of other classes.
+_by_dynamo = torch.compiler.is_dynamo_compiling
+_is_traced = torch.compiler.is_compiling
 
 
 def _refuse_grad(in_place: bool, named: dict[str, Any]) -> None:
@@ -106,7 +110,8 @@ def _prepare(
     extras: tuple[Any, ...],
 ) -> tuple[Plan, tuple[Any, ...]]:
     """The call in native order: everything but the two plain in-place calls comes through here."""
-    known = _extras(spec, *extras) if any(e is not None for e in extras) else None
+    given = [e for e in extras if e is not None]  # any() of a generator costs twice as much
+    known = _extras(spec, *extras) if given else None
     if torch.is_grad_enabled():
         named = {"qkv": qkv, "q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight}
         if known is not None:
@@ -219,6 +224,14 @@ def qk_norm_rope(
     Raises TypeError and ValueError naming argument, expected and got, before anything is written;
     CompileError where the kernel cannot be built.
     """
+    if _by_dynamo() or (q.__class__ is not Tensor and _is_traced()):
+        from . import torch_op
+
+        return torch_op.qk_norm_rope(
+            q, k, q_weight, k_weight, positions, spec, q_bias=q_bias, k_bias=k_bias,
+            cos_sin=cos_sin, cos_sin_cache=cos_sin_cache, inv_freq=inv_freq, seq_len=seq_len,
+            out=out,
+        )  # fmt: skip
     first = _first(q, k)
     if out is None:
         made = (_empty_like("q", q), _empty_like("k", k))
@@ -256,6 +269,14 @@ def qk_norm_rope_(
     With ``out`` the result goes there and the inputs stay. With grad mode on, no tensor of the call
     may require grad.
     """
+    if _by_dynamo() or (q.__class__ is not Tensor and _is_traced()):
+        from . import torch_op
+
+        return torch_op.qk_norm_rope_(
+            q, k, q_weight, k_weight, positions, spec, q_bias=q_bias, k_bias=k_bias,
+            cos_sin=cos_sin, cos_sin_cache=cos_sin_cache, inv_freq=inv_freq, seq_len=seq_len,
+            out=out,
+        )  # fmt: skip
     first = _first(q, k)
     extras = (q_bias, k_bias, cos_sin, cos_sin_cache, inv_freq, out)
     plan, operands = _prepare(
@@ -286,7 +307,9 @@ def qkv_norm_rope_(
     """
     # The plain call, as engines make it per layer: no frame and no container that it does not need.
     if (
-        (plan := getattr(spec, "_plan", None)) is not None
+        not _by_dynamo()
+        and spec.__class__ is Spec
+        and (plan := spec._plan) is not None
         and qkv.__class__ is positions.__class__ is Tensor
         and q_bias is k_bias is cos_sin is cos_sin_cache is inv_freq is seq_len is out is None
     ):
@@ -301,6 +324,15 @@ def qkv_norm_rope_(
                 _refuse_grad(True, {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight})
         run = (_cuda or _load_cuda()) if qkv.is_cuda else cpu.qk_norm_rope
         run(plan, flags, qkv, None, None, q_weight, k_weight, positions)
+        return
+    if _is_traced():
+        from . import torch_op
+
+        torch_op.qkv_norm_rope_(
+            qkv, q_weight, k_weight, positions, spec, q_bias=q_bias, k_bias=k_bias,
+            cos_sin=cos_sin, cos_sin_cache=cos_sin_cache, inv_freq=inv_freq, seq_len=seq_len,
+            out=out,
+        )  # fmt: skip
         return
     first = _plain("qkv", qkv)
     extras = (q_bias, k_bias, cos_sin, cos_sin_cache, inv_freq, out)

@@ -115,7 +115,8 @@ class Spec:
     rounding: str = "once"
     max_position_embeddings: int | None = None
 
-    # What calls keep on an instance (see qkrope.plan); no part of its value.
+    # What calls keep on an instance (see qkrope.plan, torch_op); no part of its value.
+    _text: ClassVar[str]
     _plan: ClassVar[Any] = None
     _bare: ClassVar[Any] = None
 
@@ -132,12 +133,12 @@ class Spec:
         if (length := self.max_position_embeddings) is not None:
             length = integer("Spec.max_position_embeddings", length, 1, MAX_LENGTH)
             put(self, "max_position_embeddings", length)
-        if self.rope is None:
-            return
-        if self.rope.dim is not None and self.rope.dim > self.head_dim:
-            refuse(ValueError, "Rope.dim", f"at most head_dim = {self.head_dim}", self.rope.dim)
-        if self.rope.scaling is not None:
-            self.rope.scaling.check_rope(self.rope.theta, self.rotary_dim)
+        if (rope := self.rope) is not None:
+            if rope.dim is not None and rope.dim > self.head_dim:
+                refuse(ValueError, "Rope.dim", f"at most head_dim = {self.head_dim}", rope.dim)
+            if rope.scaling is not None:
+                rope.scaling.check_rope(rope.theta, self.rotary_dim)
+        put(self, "_text", self.canonical())  # now: what traces a call reads it as a constant
 
     @property
     def q_norm(self) -> Norm:
