@@ -115,8 +115,8 @@ class Spec:
     rounding: str = "once"
     max_position_embeddings: int | None = None
 
-    # What calls keep on an instance (see qkrope.plan, torch_op); no part of its value.
-    _text: ClassVar[str]
+    _text: ClassVar[str]  # made at once: torch.compile reads a constant, and cannot trace json
+    # What calls keep on an instance (see qkrope.plan); no part of its value.
     _plan: ClassVar[Any] = None
     _bare: ClassVar[Any] = None
 
@@ -138,7 +138,8 @@ class Spec:
                 refuse(ValueError, "Rope.dim", f"at most head_dim = {self.head_dim}", rope.dim)
             if rope.scaling is not None:
                 rope.scaling.check_rope(rope.theta, self.rotary_dim)
-        put(self, "_text", self.canonical())  # now: what traces a call reads it as a constant
+        text = {"schema": _SCHEMA, **_plain(self)}
+        put(self, "_text", json.dumps(text, sort_keys=True, allow_nan=False))
 
     @property
     def q_norm(self) -> Norm:
@@ -159,7 +160,7 @@ class Spec:
 
     def canonical(self) -> str:
         """One line of JSON with sorted keys: equal Specs have equal text, whatever built them."""
-        return json.dumps({"schema": _SCHEMA, **_plain(self)}, sort_keys=True, allow_nan=False)
+        return self._text
 
     @classmethod
     def from_canonical(cls, text: str) -> Spec:

@@ -79,7 +79,7 @@ def _flat(
     if isinstance(positions, tuple | list):
         positions, more["k_positions"] = ops._pair("positions", positions)
     given = {name: value for name, value in more.items() if value is not None}
-    return (q_weight, k_weight, positions, spec._text), given
+    return (q_weight, k_weight, positions, spec.canonical()), given
 
 
 # ---- what an op runs --------------------------------------------------------------------------
