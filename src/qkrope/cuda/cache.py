@@ -61,9 +61,13 @@ def read(key: str) -> Entry | None:
         folder = _checked(create=False)
         if folder is None:
             return None
-        data = _path(folder, key).read_bytes()
+        return parse(_path(folder, key).read_bytes())
     except OSError:
         return None
+
+
+def parse(data: bytes) -> Entry | None:
+    """The entry that a file holds; None where it is truncated or altered."""
     body = data[len(_MAGIC) + _DIGEST :]
     if data[: len(_MAGIC)] != _MAGIC:
         return None
