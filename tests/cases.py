@@ -3,19 +3,28 @@
 What the recipe insists on, because a test without it passes broken kernels: random distinct q and k
 weights, rotary dim below head_dim, rows so small that eps decides, strided views of larger buffers,
 q heads != kv heads, positions across the whole range, and guard bytes around every buffer.
+Options draw after the rest: q's and k's weights, biases, scales and tables are all distinct, and so
+are those of any two heads and axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from buffers import LAYOUTS, Guarded, Shape, bits, guarded
+from checks import (
+    assert_chain,
+    assert_criterion,
+    assert_same_bits,
+    fraction_correctly_rounded,
+    round_once,
+    ulp,
+)
 from qkrope import reference
-from qkrope.accuracy import error_over_bound, round_once, ulp
 from qkrope.spec import Norm, Spec
 
 __all__ = [
@@ -25,10 +34,13 @@ __all__ = [
     "Call",
     "Guarded",
     "Recipe",
+    "Shape",
+    "assert_chain",
     "assert_criterion",
     "assert_same_bits",
     "bits",
     "fraction_correctly_rounded",
+    "guarded",
     "round_once",
     "ulp",
 ]
@@ -37,133 +49,6 @@ POSITIONS = (0, 1, 40, 4095, 2**15, 131071, 2**20, 2**24 + 1, 2**31 - 1, -1, -(2
 
 # A row's size. 1e-3 makes the mean square equal eps, so a wrong eps shows.
 ROW_SCALES = (1.0, 1e-3, 30.0, 0.05)
-
-_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-# ---- checks -----------------------------------------------------------------------------------
-
-
-def assert_criterion(
-    y: Tensor, ref: Tensor, terms: Tensor, dtype: torch.dtype, what: str = "y"
-) -> None:
-    """Every element is within qkrope.accuracy's bound; NaN and infinity are where ref has them."""
-    ratio = error_over_bound(y, ref, terms, dtype)
-    if ratio.numel() == 0 or bool((ratio <= 1).all()):
-        return
-    flat = int(torch.where(ratio.isnan(), torch.inf, ratio).argmax())
-    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ratio.shape))
-    raise AssertionError(
-        f"{what}{list(at)} = {float(y[at])!r}, exact {float(ref[at])!r}: "
-        f"{float(ratio[at]):.4g} times the bound; {int((ratio > 1).sum())} of {ratio.numel()} "
-        f"elements exceed it"
-    )
-
-
-def fraction_correctly_rounded(y: Tensor, ref: Tensor) -> float:
-    """Share of the elements of y that are ref rounded once to y's dtype."""
-    best = round_once(ref, y.dtype)
-    return float(((y == best) | (y.isnan() & best.isnan())).double().mean()) if y.numel() else 1.0
-
-
-def bits(x: Tensor) -> Tensor:
-    """The same memory read as integers, so that -0 != 0 and NaN == NaN."""
-    return x.detach().contiguous().view(_INT[x.element_size()])
-
-
-def assert_same_bits(a: Tensor, b: Tensor, what: str = "y") -> None:
-    assert a.dtype == b.dtype and a.shape == b.shape, (what, a.dtype, b.dtype, a.shape, b.shape)
-    unequal = bits(a) != bits(b)
-    assert not bool(unequal.any()), f"{what}: {int(unequal.sum())} of {a.numel()} differ in bits"
-
-
-# ---- buffers ----------------------------------------------------------------------------------
-
-Shape = tuple[int, ...]
-_CANARY = -77.0
-
-
-class Guarded:
-    """Tensors inside one larger buffer of canaries, to show that nothing else is written."""
-
-    def __init__(self, size: int, dtype: torch.dtype, device: str) -> None:
-        self.storage = torch.full((size + 64,), _CANARY, dtype=dtype, device=device)
-        self.views: list[Tensor] = []
-
-    def place(self, shape: Shape, strides: Shape, offset: int) -> Tensor:
-        view = self.storage.as_strided(shape, strides, offset)
-        self.views.append(view)
-        return view
-
-    def outside(self) -> Tensor:
-        """Bits of the buffer with the tensors blanked out."""
-        copy = self.storage.clone()
-        for view in self.views:
-            copy.as_strided(view.shape, view.stride(), view.storage_offset()).zero_()
-        return bits(copy)
-
-
-def packed_strides(shape: Shape) -> Shape:
-    """Strides of a contiguous tensor."""
-    strides = [1]
-    for n in reversed(shape[1:]):
-        strides.append(strides[-1] * n)
-    return tuple(reversed(strides))
-
-
-def _rows(lead: Shape, row: int) -> Shape:
-    """Strides of leading dimensions over rows of so many elements."""
-    return tuple(s * row for s in packed_strides((*lead, 1))[:-1])
-
-
-def _contiguous(lead: Shape, heads: int, dim: int) -> tuple[Shape, int]:
-    return (*_rows(lead, heads * dim), dim, 1), 64
-
-
-def _odd(lead: Shape, heads: int, dim: int) -> tuple[Shape, int]:
-    """A base address that is aligned to one element only."""
-    return (*_rows(lead, heads * dim), dim, 1), 65
-
-
-def _padded(lead: Shape, heads: int, dim: int) -> tuple[Shape, int]:
-    """Rows one element longer than their data: every token has another alignment."""
-    return (*_rows(lead, heads * dim + 1), dim, 1), 64
-
-
-def _gated(lead: Shape, heads: int, dim: int) -> tuple[Shape, int]:
-    """[q | gate] in each head, as Qwen3-Next packs it."""
-    return (*_rows(lead, 2 * heads * dim), 2 * dim, 1), 64
-
-
-def _transposed(lead: Shape, heads: int, dim: int) -> tuple[Shape, int]:
-    """[B, H, S, D] memory seen as [B, S, H, D]."""
-    return (*_rows(lead[:-1], heads * lead[-1] * dim), dim, lead[-1] * dim, 1), 64
-
-
-def _permuted(lead: Shape, heads: int, dim: int) -> tuple[Shape, int]:
-    """Leading dimensions in memory in reverse order, as a sequence-first model has them."""
-    return (*reversed(_rows(tuple(reversed(lead)), heads * dim)), dim, 1), 64
-
-
-LAYOUTS: dict[str, Callable[[Shape, int, int], tuple[Shape, int]]] = {
-    "contiguous": _contiguous,
-    "odd": _odd,
-    "padded": _padded,
-    "gated": _gated,
-    "transposed": _transposed,
-    "permuted": _permuted,
-}
-
-
-def guarded(
-    lead: Shape, heads: int, dim: int, layout: str, dtype: torch.dtype, device: str
-) -> tuple[Guarded, Tensor]:
-    """A canary-guarded [*lead, heads, dim] tensor in one of the LAYOUTS."""
-    strides, offset = LAYOUTS[layout](lead, heads, dim)
-    shape = (*lead, heads, dim)
-    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if 0 not in shape)
-    buffer = Guarded(offset + last + 1, dtype, device)
-    return buffer, buffer.place(shape, strides, offset)
 
 
 # ---- calls ------------------------------------------------------------------------------------
@@ -177,18 +62,20 @@ class Call:
     buffers: list[Guarded]
     q: Tensor | None
     k: Tensor | None
-    qkv: Tensor | None  # the packed tensor that q and k are views of, if they are
+    qkv: Tensor | None  # the packed tensor that q and k (and v) are views of, if they are
     q_weight: Tensor | None
     k_weight: Tensor | None
     positions: Any
-    extras: dict[str, Any]
+    extras: dict[str, Any]  # with "v" and "v_weight" where the call normalises v
 
     def __post_init__(self) -> None:
         self.inputs = tuple(
             None if x is None else x.detach().cpu().clone() for x in (self.q, self.k)
         )
+        v = self.extras.get("v")
+        self.v_input = None if v is None else v.detach().cpu().clone()
         self.outside = [buffer.outside() for buffer in self.buffers]
-        self.others = [bits(t).clone() for t in _tensors(self.rest(), self.extras)]
+        self.others = [bits(t).clone() for t in _tensors(self.rest(), self.packed_extras())]
 
     def rest(self) -> tuple[Any, ...]:
         """The positional arguments after q and k."""
@@ -198,22 +85,47 @@ class Call:
         """The positional arguments of `qk_norm_rope` and `qk_norm_rope_`."""
         return (self.q, self.k, *self.rest())
 
+    def packed_extras(self) -> dict[str, Any]:
+        """The keywords of `qkv_norm_rope_`, whose v is in qkv."""
+        return {name: value for name, value in self.extras.items() if name != "v"}
+
+    def oracle_args(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of `reference.qk_norm_rope`, with the inputs before the call."""
+        extras = _to_cpu(self.packed_extras())
+        if self.v_input is not None:
+            extras["v"] = self.v_input
+        return (*self.inputs, *_to_cpu(self.rest())), extras
+
     def expected(self) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-        """Exact (q, k) in float64 and their criterion terms, from the inputs before the call."""
-        args = (*self.inputs, *_to_cpu(self.rest()))
-        extras = _to_cpu(self.extras)
+        """Exact (q, k) or (q, k, v) in float64 and their criterion terms; a chain in its dtype."""
+        args, extras = self.oracle_args()
         return reference.qk_norm_rope(*args, **extras), reference.criterion_terms(*args, **extras)
 
-    def check(self, q2: Tensor | None, k2: Tensor | None) -> None:
-        """Both outputs meet the criterion, and >= 99.9 % of bfloat16 ones are correctly rounded."""
+    def check(self, *outputs: Tensor | None) -> None:
+        """Each output meets the criterion, and >= 99.9 % of bfloat16 ones are correctly rounded.
+
+        With another rounding than "once" it is the chain of casts (`assert_chain`); in float32 a
+        chain is one more float32 evaluation, so there the criterion holds as well.
+        """
         refs, terms = self.expected()
-        norms = (self.spec.q_norm, self.spec.k_norm_resolved)
-        for name, y, ref, term, norm in zip("qk", (q2, k2), refs, terms, norms, strict=True):
+        if self.spec.rounding != "once":
+            args, extras = self.oracle_args()
+            once = replace(self.spec, rounding="once")
+            exact = reference.qk_norm_rope(*args[:-1], once, **extras)
+        norms = (self.spec.q_norm, self.spec.k_norm_resolved, self.spec.v_norm)
+        chains = (*self.spec.roundings, self.spec.roundings[1])
+        for i, (y, ref, term) in enumerate(zip(outputs, refs, terms, strict=True)):
+            name, norm, chain = "qkv"[i], norms[i], chains[i]
             if ref is None or term is None:
                 assert y is None, f"{name}: expected None"
                 continue
             assert y is not None
             y = y.detach().cpu()
+            if chain is not None and y.dtype != torch.float32:
+                table = "cos_sin" in self.extras or "cos_sin_cache" in self.extras
+                assert_chain(y, ref, term, table, name)
+                continue
+            ref = ref if chain is None else exact[i]
             assert_criterion(y, ref, term, y.dtype, name)
             # Only where 0.1 % is several elements, and values are as good as random: without a norm
             # x times an attention factor of 1.25 is a tie, which the last bit of cos decides.
@@ -222,15 +134,17 @@ class Call:
                 assert share >= 0.999, f"{name}: only {share:.4%} correctly rounded"
 
     def assert_guards(self) -> None:
-        """No byte but q and k changed; in a packed tensor that includes all of v."""
+        """No byte but q and k (and a normalised v) changed; in a packed tensor all of v counts."""
         for buffer, before in zip(self.buffers, self.outside, strict=True):
             assert torch.equal(buffer.outside(), before), "bytes outside the tensors changed"
-        for t, before in zip(_tensors(self.rest(), self.extras), self.others, strict=True):
+        now = _tensors(self.rest(), self.packed_extras())
+        for t, before in zip(now, self.others, strict=True):
             assert torch.equal(bits(t), before), "a weight, position or table changed"
 
     def assert_inputs_unchanged(self) -> None:
         self.assert_guards()
-        for x, before in zip((self.q, self.k), self.inputs, strict=True):
+        inputs = (*self.inputs, self.v_input)
+        for x, before in zip((self.q, self.k, self.extras.get("v")), inputs, strict=True):
             if x is not None and before is not None:
                 assert_same_bits(x.cpu(), before, "input")
 
@@ -275,8 +189,13 @@ class Recipe:
     position_dtype: torch.dtype = torch.int64
     angle: str = "spec"  # one of ANGLES
     table_dtype: torch.dtype = torch.float32
-    other_heads: int = 2  # of the packed tensor, after q and k
+    other_heads: int = 2  # of the packed tensor, after q and k (and a normalised v)
     seed: int = 0
+    weight_shape: str = "channel"  # [D]; "head": [heads, D]; "row": [heads * D]
+    bias: bool = False
+    scale: str | None = None  # "number", or a tensor: "token", "head", "channel"
+    tables: str = "shared"  # "separate": one for q and one for k; "head": and one for each head
+    rotate: tuple[int, int | None] | None = None  # rotate_from, rotate_to
 
     def make(self, device: str = "cpu") -> Call:
         """Draw the tensors on the CPU and put them where the layout says, on ``device``."""
@@ -284,18 +203,19 @@ class Recipe:
         k_lead = self.lead if self.k_lead is None else self.k_lead
         q_data = self._rows(self.lead, spec.num_q_heads, draw)
         k_data = self._rows(k_lead, spec.num_kv_heads, draw)
-        weights = [self._weight(norm, draw) for norm in (spec.q_norm, spec.k_norm_resolved)]
-        qkv = None
+        weights = [self._weight(side, draw) for side in "qk"]
+        qkv = v = None
         if self.layout == "packed":
-            heads = spec.num_q_heads + spec.num_kv_heads + self.other_heads
+            ends = [spec.num_q_heads, spec.num_q_heads + spec.num_kv_heads]
+            others = self.other_heads if spec.v_norm is None else spec.num_kv_heads
             buffer, whole = guarded(
-                self.lead, heads, spec.head_dim, "contiguous", self.dtype, device
+                self.lead, ends[1] + others, spec.head_dim, "contiguous", self.dtype, device
             )
             qkv = whole.flatten(-2)
             whole.copy_(torch.randn(whole.shape, generator=draw))
-            buffers, ends = [buffer], (spec.num_q_heads, spec.num_q_heads + spec.num_kv_heads)
-            q, k = whole[..., : ends[0], :], whole[..., ends[0] : ends[1], :]
-            buffer.views = [q, k]
+            buffers = [buffer]
+            q, k, v = (t for t in whole.tensor_split(ends, dim=-2))
+            buffer.views = [q, k] if spec.v_norm is None else [q, k, v]
         else:
             q_buffer, q = guarded(*_dims(q_data), self.layout, self.dtype, device)
             k_buffer, k = guarded(*_dims(k_data), self.layout, self.dtype, device)
@@ -303,6 +223,15 @@ class Recipe:
         q.copy_(q_data)
         k.copy_(k_data)
         positions, extras = self._angle(k_lead, draw)
+        self._options(k_lead, extras, draw)
+        extras = _to(extras, device)
+        if spec.v_norm is not None:
+            v_data = self._rows(k_lead, spec.num_kv_heads, draw)
+            if v is None:
+                v_buffer, v = guarded(*_dims(v_data), self.layout, self.dtype, device)
+                buffers.append(v_buffer)
+            v.copy_(v_data)
+            extras["v"] = v
         return Call(
             spec,
             buffers,
@@ -311,20 +240,34 @@ class Recipe:
             qkv,
             *(None if w is None else w.to(device) for w in self._choose(weights)),
             _to(positions, device),
-            _to(extras, device),
+            extras,
         )
 
     def but(self, **changes: Any) -> Recipe:
         return replace(self, **changes)
+
+    def _heads(self, side: str) -> int:
+        return self.spec.num_q_heads if side == "q" else self.spec.num_kv_heads
+
+    def _norm(self, side: str) -> Norm | None:
+        return {"q": self.spec.q_norm, "k": self.spec.k_norm_resolved, "v": self.spec.v_norm}[side]
 
     def _rows(self, lead: Shape, heads: int, draw: torch.Generator) -> Tensor:
         x = torch.randn(*lead, heads, self.spec.head_dim, generator=draw)
         row = torch.arange(x.numel() // self.spec.head_dim).view(*lead, heads, 1)
         return x * torch.tensor(ROW_SCALES)[(row + self.seed) % len(ROW_SCALES)]
 
-    def _weight(self, norm: Norm, draw: torch.Generator) -> Tensor | None:
-        w = torch.randn(self.spec.head_dim, generator=draw)
-        if norm.kind == "none":
+    def _per_channel(self, side: str, draw: torch.Generator) -> Tensor:
+        """Random values in the shape of a weight or bias of this recipe."""
+        norm, heads = self._norm(side), self._heads(side)
+        assert norm is not None
+        width = norm.weight_dim(self.spec.head_dim)
+        shape = {"channel": (width,), "head": (heads, width), "row": (heads * width,)}
+        return torch.randn(shape[self.weight_shape], generator=draw)
+
+    def _weight(self, side: str, draw: torch.Generator) -> Tensor | None:
+        w, norm = self._per_channel(side, draw), self._norm(side)
+        if norm is None or norm.kind == "none":
             return None
         return ((0.3 if norm.weight_offset else 1.0) * w).to(self.weight_dtype or self.dtype)
 
@@ -332,17 +275,32 @@ class Recipe:
         given = "qk" if self.weights == "both" else self.weights
         return [w if side in given else None for side, w in zip("qk", weights, strict=True)]
 
+    def _options(self, k_lead: Shape, extras: dict[str, Any], draw: torch.Generator) -> None:
+        """The keywords beside the angles."""
+        for side, lead in (("q", self.lead), ("k", k_lead)):
+            norm, heads, dim = self._norm(side), self._heads(side), self.spec.head_dim
+            if self.bias and norm is not None and norm.kind != "none":
+                bias = self._per_channel(side, draw)
+                extras[f"{side}_bias"] = bias.to(self.weight_dtype or self.dtype)
+            if self.scale == "number":
+                extras[f"{side}_scale"] = {"q": 0.37, "k": -2.6}[side]
+            elif self.scale is not None:
+                shape = {"token": (*lead, 1, 1), "head": (heads, 1), "channel": (dim,)}[self.scale]
+                extras[f"{side}_scale"] = torch.randn(shape, generator=draw)
+        if (norm := self._norm("v")) is not None and norm.kind != "none" and self.weights != "-":
+            extras["v_weight"] = self._weight("v", draw)
+        if self.rotate is not None:
+            extras["rotate_from"], extras["rotate_to"] = self.rotate
+
     def _angle(self, k_lead: Shape, draw: torch.Generator) -> tuple[Any, dict[str, Any]]:
         spec = self.spec
         if spec.rope is None:
             return None, {}
-        pairs, rot = spec.rotary_dim // 2, spec.rotary_dim
+        pairs = spec.rotary_dim // 2
         if self.angle in ("pair", "channel", "complex"):
-            width = rot if self.angle == "channel" else pairs
-            table = self._table((*self._shape(self.lead), width), draw)
-            if self.angle == "complex":  # (cos, sin) side by side, as torch.view_as_real has them
-                both = torch.stack(table, -1)
-                return None, {"cos_sin": (both[..., 0], both[..., 1])}
+            table = self._caller_table("q", self.lead, draw)
+            if self.tables != "shared":
+                table = table, self._caller_table("k", k_lead, draw)
             return None, {"cos_sin": table}
         rows = 50 if self.angle == "cache" else None
         positions = self._positions(self.lead, draw, rows)
@@ -356,6 +314,18 @@ class Recipe:
         frequencies = 10.0 ** (-4 * torch.rand(pairs, generator=draw, dtype=torch.float64))
         return positions, {"inv_freq": frequencies.to(dtype)}
 
+    def _caller_table(self, side: str, lead: Shape, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotated tokens, where asked with a row for each head."""
+        if self.rotate is not None:
+            lead = (*lead[:-1], len(range(lead[-1])[slice(*self.rotate)]))
+        shape = self._shape(lead) + ((self._heads(side),) if self.tables == "head" else ())
+        width = self.spec.rotary_dim // (1 if self.angle == "channel" else 2)
+        table = self._table((*shape, width), draw)
+        if self.angle != "complex":
+            return table
+        both = torch.stack(table, -1)  # side by side, as torch.view_as_real has them
+        return both[..., 0], both[..., 1]
+
     def _table(self, shape: Shape, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """Cosines and sines of random angles, of a length that is not 1."""
         turn = 6.3 * torch.rand(shape, generator=draw)
@@ -365,11 +335,14 @@ class Recipe:
         return {"full": lead, "last": lead[-1:], "one": (1, *lead[-1:])}[self.position_shape]
 
     def _positions(self, lead: Shape, draw: torch.Generator, rows: int | None) -> Tensor:
-        shape = self._shape(lead)
+        """[lead], or [A, lead] with another order of the positions on each axis."""
+        axes = self.spec.position_axes
+        shape = (*([axes] if axes else []), *self._shape(lead))
         if rows is not None:
             return torch.randint(rows, shape, generator=draw).to(self.position_dtype)
-        count = torch.Size(shape).numel()
-        which = (torch.arange(count) + self.seed) % len(POSITIONS)
+        count = torch.Size(self._shape(lead)).numel()
+        which = torch.arange(count) + self.seed + 3 * torch.arange(axes or 1)[:, None]
+        which = which % len(POSITIONS)
         return torch.tensor(POSITIONS)[which].view(shape).to(self.position_dtype)
 
 

@@ -51,7 +51,7 @@ def spec_of(
     rotary: int | None = 32,
     pairing: str = "half",
     heads: tuple[int, int] = (3, 2),
-    norm: Norm = Norm(),  # noqa: B008
+    norm: Norm = Norm(),
     **changes: Any,
 ) -> Spec:
     rope = None if rotary is None else Rope(dim=rotary, theta=1e6, pairing=pairing)

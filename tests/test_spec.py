@@ -273,8 +273,8 @@ def test_values_are_frozen(value):
 
 
 NORM_TEXT = (
-    '{"schema": "qkrope.Spec/1", "type": "Norm", "kind": "rms", "eps": 0.0, "scope": "head", '
-    '"weight_offset": 0.0}'
+    '{"schema": "qkrope.Spec/2", "type": "Norm", "kind": "rms", "eps": 0.0, "scope": "head", '
+    '"weight_offset": 0.0, "dim": null, "rest": null}'
 )
 
 
@@ -285,11 +285,11 @@ NORM_TEXT = (
         ("", ValueError, "text"),
         ("[]", ValueError, "schema"),
         ('{"type": "Spec"}', ValueError, "schema"),
-        ('{"schema": "qkrope.Spec/1", "type": "Norm"}', ValueError, "eps"),
+        ('{"schema": "qkrope.Spec/2", "type": "Norm"}', ValueError, "eps"),
         (NORM_TEXT, ValueError, '"type": "Spec"'),
-        ('{"schema": "qkrope.Spec/1", "type": "os"}', ValueError, "type"),
-        ('{"schema": "qkrope.Spec/1", "type": "Spec", "bias": 1}', ValueError, "bias"),
-        ('{"schema": "qkrope.Spec/1", "type": "Spec"}', ValueError, "num_q_heads"),
+        ('{"schema": "qkrope.Spec/2", "type": "os"}', ValueError, "type"),
+        ('{"schema": "qkrope.Spec/2", "type": "Spec", "bias": 1}', ValueError, "bias"),
+        ('{"schema": "qkrope.Spec/2", "type": "Spec"}', ValueError, "num_q_heads"),
         (spec().canonical().replace("128", "127"), ValueError, "head_dim"),
         (spec().canonical().replace("1e-06", "NaN"), ValueError, "eps"),
     ],
@@ -303,10 +303,13 @@ def test_canonical_text_is_fixed():
     # The text is a cache key and goes into records: a change of it needs a new schema number.
     assert spec(rope=Rope(dim=64, theta=1e6)).canonical() == (
         '{"head_dim": 128, "k_norm": null, "max_position_embeddings": null, '
-        '"norm": {"eps": 1e-06, "kind": "rms", "scope": "head", "type": "Norm", '
-        '"weight_offset": 0.0}, "num_kv_heads": 8, "num_q_heads": 32, "order": "norm_first", '
-        '"rope": {"dim": 64, "pairing": "half", "scaling": null, "theta": 1000000.0, '
-        '"type": "Rope"}, "rounding": "once", "schema": "qkrope.Spec/1", "type": "Spec"}'
+        '"norm": {"dim": null, "eps": 1e-06, "kind": "rms", "rest": null, "scope": "head", '
+        '"type": "Norm", "weight_offset": 0.0}, "num_kv_heads": 8, "num_q_heads": 32, '
+        '"order": "norm_first", "rope": {"axes_dim": null, "dim": 64, "freq_dim": null, '
+        '"mrope_interleaved": false, "mrope_section": null, "offset": 0, "output_pairing": null, '
+        '"pair_distance": null, "pairing": "half", "reverse": false, "scaling": null, '
+        '"theta": 1000000.0, "type": "Rope"}, "rounding": "once", "schema": "qkrope.Spec/2", '
+        '"type": "Spec", "v_norm": null}'
     )
 
 

@@ -15,6 +15,8 @@ _LAZY = {
     "qk_norm_rope_": "ops",
     "qkv_norm_rope_": "ops",
     "warmup": "ops",
+    "Group": "groups",
+    "grid_positions": "grid",
     "fused_qk_norm_rope": "compat",
     "fused_qk_norm_rope_out": "compat",
     "can_use_fused_qk_norm_rope": "compat",

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 from typing import Any, NoReturn
 
-__all__ = ["choice", "flag", "integer", "instance", "real", "reals", "refuse", "show"]
+__all__ = [
+    "MAX_COLUMNS",
+    "MAX_HEAD_DIM",
+    "choice",
+    "flag",
+    "instance",
+    "integer",
+    "integers",
+    "real",
+    "reals",
+    "refuse",
+    "short_repr",
+    "show",
+]
+
+MAX_HEAD_DIM = 1024  # twin of QK_MAX_HEAD_DIM in native/params.h
+MAX_COLUMNS = 1 << 30  # of a packed row
 
 _FLOAT32_MAX = 3.4028234663852886e38
 
@@ -17,6 +34,16 @@ def show(value: object) -> str:
     if len(text) > 60:
         text = text[:57] + "..."
     return f"{text} ({type(value).__name__})"
+
+
+def short_repr(value: Any) -> str:
+    """The repr of a dataclass without the fields that have their defaults."""
+    shown = (
+        f"{field.name}={item!r}"
+        for field in dataclasses.fields(value)
+        if (item := getattr(value, field.name)) != field.default
+    )
+    return f"{type(value).__name__}({', '.join(shown)})"
 
 
 def refuse(kind: type[Exception], name: str, expected: str, value: object) -> NoReturn:
@@ -33,6 +60,19 @@ def integer(name: str, value: Any, low: int, high: int, *, even: bool = False) -
     if not low <= number <= high or (even and number % 2):
         refuse(ValueError, name, expected, value)
     return number
+
+
+def integers(
+    name: str, value: Any, count: tuple[int, int], high: int, *, even: bool = False
+) -> tuple[int, ...]:
+    """A list or tuple of so many ints, each positive and at most ``high``."""
+    expected = f"{count[0]} to {count[1]} ints"
+    if not isinstance(value, list | tuple):
+        refuse(TypeError, name, f"a list or tuple of {expected}", value)
+    if not count[0] <= len(value) <= count[1]:
+        refuse(ValueError, name, expected, value)
+    low = 2 if even else 1
+    return tuple(integer(f"{name}[{i}]", v, low, high, even=even) for i, v in enumerate(value))
 
 
 def real(name: str, value: Any, *, low: float | None = None, above: float | None = None) -> float:

@@ -35,7 +35,10 @@ _WORD = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class Angles:
-    """Radians per position of each rotated pair, and the factor of cos and sin."""
+    """Radians per position of each rotated pair, and the factor of cos and sin.
+
+    Pair i turns by positions of axis ``Spec.pair_axes[i]``; a Rope's ``reverse`` is in the signs.
+    """
 
     inv_freq: tuple[float, ...]
     attention_factor: float
@@ -90,13 +93,14 @@ class _Ask:
     """What a rule reads beside its own numbers."""
 
     theta: float
-    dim: int
+    dim: int  # the denominator of the exponents: freq_dim, which is the rotary dim by default
+    pairs: int
     longest: int | None  # Spec.max_position_embeddings
     seq_len: int | None
 
     def powers(self, theta: float) -> list[float]:
         """``theta ** (-2 i / dim)`` for each pair i."""
-        return [theta ** (-2 * i / self.dim) for i in range(self.dim // 2)]
+        return [theta ** (-2 * i / self.dim) for i in range(self.pairs)]
 
     def stretched(self, ratio: float) -> list[float]:
         """The powers of the NTK-aware base."""
@@ -114,14 +118,18 @@ _Result = tuple[list[float], float]
 
 @lru_cache(maxsize=1024)
 def _resolve(rope: Rope, dim: int, longest: int | None, seq_len: int | None) -> Angles:
-    ask = _Ask(rope.theta, dim, longest, seq_len)
+    inv_freq: list[float] = []
+    attention_factor = 1.0
     try:
-        inv_freq, attention_factor = _RULES[type(rope.scaling)](rope.scaling, ask)
+        for width in rope.axes_dim or (dim,):  # an axis, or all axes that share their frequencies
+            ask = _Ask(rope.theta, rope.freq_dim or width, width // 2, longest, seq_len)
+            some, attention_factor = _RULES[type(rope.scaling)](rope.scaling, ask)
+            inv_freq += some
     except ArithmeticError:  # overflow, or a base that became 0
-        inv_freq, attention_factor = [math.inf], 1.0
+        inv_freq = [math.inf]
     if not all(map(math.isfinite, (*inv_freq, attention_factor))):
         refuse(ValueError, "Rope", "theta and scaling whose frequencies float64 can hold", rope)
-    return Angles(tuple(inv_freq), attention_factor)
+    return Angles(tuple(-f if rope.reverse else f for f in inv_freq), attention_factor)
 
 
 def _missing(owner: str, names: str) -> NoReturn:

@@ -1,40 +1,48 @@
 """The oracle: what qkrope computes, in float64 and in as few steps as the formulas have.
 
-For one head x (or, with scope "row", all heads of one token at once)::
+For the channels x of one head that share a statistic (all, or those before ``Norm.dim``; with scope
+"row", all heads of one token at once)::
 
-    normalise   n = (x - mean) * rstd * w + bias      w = weight + weight_offset, 1 without a weight
+    normalise   n = ((x - mean) * rstd * w + bias) * scale
+                                                    w = weight + weight_offset, 1 without a weight
       rms       mean = 0                              rstd = 1 / sqrt(average(x^2) + eps)
       layer     mean = average(x)                     rstd = 1 / sqrt(average((x - mean)^2) + eps)
       l2        mean = 0                              rstd = 1 / max(sqrt(sum(x^2)), eps)
-      none      n = x
+      none      n = x * scale
     rotate      a pair of channels (a, b) becomes (a cos - b sin, b cos + a sin) * attention_factor
-      half          pairs (i, i + rotary_dim / 2)     channels from rotary_dim on are left alone
-      interleaved   pairs (2 i, 2 i + 1)
-      angle         position * inv_freq[i], reduced modulo a turn in exact integers
+      pairs     `qkrope.Rope.pairs`; other channels and tokens outside rotate_from, rotate_to stay
+      angle     position * inv_freq[i], reduced modulo a turn in exact integers, with the position
+                of the pair's axis; its opposite with ``reverse``
 
-``order="norm_first"`` rotates n, ``order="rope_first"`` normalises the rotated x. The result is
-float64; ``round_to=`` rounds it once. ``rounding="eager"`` is the one exception: it repeats the
-casts of the unfused chain and returns the dtype of its input.
+``order="norm_first"`` rotates n, ``order="rope_first"`` normalises (and scales) the rotated x. The
+result is float64; ``round_to=`` rounds it once. Another ``rounding`` than "once" is the exception:
+it repeats the casts of an unfused chain (`qkrope.reference_rounded`) and returns the dtype of x.
 
-`criterion_terms` is the scale of the acceptance criterion in `qkrope.accuracy`; angles are in
+`criterion_terms` is the scale of the acceptance criterion in `qkrope.accuracy`. The steps are in
+`qkrope.reference_steps`, what a call's arguments mean in `qkrope.reference_side`, angles in
 `qkrope.reference_angles`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from .accuracy import error_over_bound, round_once, ulp
-from .reference_angles import CosSin, Positions, Source, resolve
-from .spec import Norm, Spec
+from .groups import Group, check_groups
+from .reference_angles import CosSin, Positions
+from .reference_rounded import rounded
+from .reference_side import Extras, Scale, Side, Span, sides
+from .reference_steps import each_span, effective_weight, move_pairs, normalise, rotate, statistics
+from .spec import Spec
 
 __all__ = [
     "criterion_terms",
     "error_over_bound",
+    "norm_rope_groups",
     "qk_norm_rope",
     "qkv_norm_rope",
     "round_once",
@@ -52,39 +60,57 @@ def qk_norm_rope(
     *,
     q_bias: Tensor | None = None,
     k_bias: Tensor | None = None,
+    q_scale: Scale = None,
+    k_scale: Scale = None,
+    v: Tensor | None = None,
+    v_weight: Tensor | None = None,
     cos_sin: CosSin = None,
     cos_sin_cache: Tensor | None = None,
     inv_freq: Tensor | None = None,
     seq_len: int | None = None,
+    rotate_from: int = 0,
+    rotate_to: int | None = None,
     round_to: torch.dtype | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Normalise and rotate q and k in float64: the formulas at the top of this file.
+) -> tuple[Tensor | None, ...]:
+    """Normalise and rotate q and k (and normalise v): the formulas at the top of this file.
 
     Args:
         q: [..., num_q_heads, head_dim], any strides, or None.
         k: [..., num_kv_heads, head_dim], any strides, or None.
-        q_weight: [head_dim], [heads, head_dim], with scope "row" also [heads * head_dim], or None.
+        q_weight: [D], [heads, D], with scope "row" also [heads * D], or None; D is head_dim, or the
+            normalised channels where ``Norm.dim`` leaves the others as they are.
         k_weight: the same for k.
         positions: integers that broadcast to q's (and k's) leading dimensions, or (q's, k's), in
-            [-2^31, 2^31). Needed unless ``spec.rope`` is None or ``cos_sin`` is given.
+            [-2^31, 2^31); [A, ...] with an axis first where the rope has several. Needed unless
+            ``spec.rope`` is None or ``cos_sin`` is given.
         spec: any Spec at all; no value is left out here.
         q_bias: added after the weight; shaped like a weight.
         k_bias: the same for k.
-        cos_sin: (cos, sin), each broadcasting to [..., rotary_dim / 2] (one value a pair) or
-            [..., rotary_dim] (one a channel), in place of angles. Any attention factor is inside.
+        q_scale: a number, or float32 or q's dtype broadcasting to [..., heads, head_dim]: what the
+            normalised q is multiplied by, before the rotation with norm_first.
+        k_scale: the same for k.
+        v: [..., num_kv_heads, head_dim], normalised by ``spec.v_norm`` and not rotated, or None.
+        v_weight: as q_weight.
+        cos_sin: (cos, sin) in place of angles, any attention factor inside; or one such pair for q
+            and one for k. The last dimension is rotary_dim / 2 (one value a pair) or rotary_dim
+            (one a rotated channel, in the order of the output's channels). The others broadcast to
+            the leading dimensions, or, with as many dimensions as q, to these and the heads.
         cos_sin_cache: [max_position, rotary_dim], a row is cos of all pairs, then sin of all pairs.
         inv_freq: [rotary_dim / 2] frequencies in radians a position, in place of the Spec's.
         seq_len: the length that length-dependent scalings see.
-        round_to: dtype of the result; None means float64 (the input's dtype with "eager").
+        rotate_from: tokens with a smaller index along the last leading dimension are not rotated.
+        rotate_to: nor are those from this index on; None: all further ones are. A ``cos_sin`` then
+            holds the rotated tokens only, while positions keep q's shape.
+        round_to: dtype of the result; None means float64 (x's with another rounding than "once").
 
     Returns:
-        (q2, k2), contiguous, None where the input was None.
+        (q2, k2), contiguous, None where the input was None; (q2, k2, v2) where v is given.
 
     Raises:
         ValueError: an argument of a wrong shape, missing, excess or out of range.
-        TypeError: positions that are not int32 or int64.
+        TypeError: positions that are not int32 or int64; a scale of another dtype.
     """
-    sides = _sides(
+    found = sides(
         q,
         k,
         q_weight,
@@ -93,32 +119,25 @@ def qk_norm_rope(
         spec,
         q_bias=q_bias,
         k_bias=k_bias,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v=v,
+        v_weight=v_weight,
         cos_sin=cos_sin,
         cos_sin_cache=cos_sin_cache,
         inv_freq=inv_freq,
         seq_len=seq_len,
+        rotate_from=rotate_from,
+        rotate_to=rotate_to,
     )
-    form = _eager if spec.rounding == "eager" else _exact
-    q2, k2 = (None if side is None else _finish(form(side, spec), round_to) for side in sides)
-    return q2, k2
-
-
-class Extras(TypedDict, total=False):
-    """The optional arguments of `qk_norm_rope` that say what is computed."""
-
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    cos_sin: CosSin
-    cos_sin_cache: Tensor | None
-    inv_freq: Tensor | None
-    seq_len: int | None
+    return tuple(None if s is None else _finish(_run(s, spec.order), round_to) for s in found)
 
 
 def qkv_norm_rope(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    positions: Tensor | None,
+    positions: Positions,
     spec: Spec,
     *,
     round_to: torch.dtype | None = None,
@@ -127,23 +146,72 @@ def qkv_norm_rope(
     """Return a new packed tensor: `qk_norm_rope` of its q and k columns, the rest copied.
 
     Args:
-        qkv: [..., (num_q_heads + num_kv_heads + any) * head_dim], columns q, k, then v.
+        qkv: [..., (num_q_heads + num_kv_heads + any) * head_dim], columns q, k, then v; with
+            ``spec.v_norm`` exactly num_kv_heads heads of v, which are normalised too.
         q_weight: as in `qk_norm_rope`.
         k_weight: as in `qk_norm_rope`.
-        positions: integers that broadcast to qkv's leading dimensions.
+        positions: integers that broadcast to qkv's leading dimensions, with an axis first where
+            the rope has several.
         spec: any Spec.
-        round_to: dtype of the result; None means float64 (the input's dtype with "eager").
-        extras: the other keywords of `qk_norm_rope`.
+        round_to: dtype of the result; None means float64 (qkv's with another rounding than "once").
+        extras: the other keywords of `qk_norm_rope` but v.
     """
     nq, nk, dim, columns = spec.num_q_heads, spec.num_kv_heads, spec.head_dim, qkv.shape[-1]
-    if columns % dim or columns < (nq + nk) * dim:
-        expected = f"a multiple of head_dim {dim} of at least {(nq + nk) * dim}"
-        raise ValueError(f"qkv: last dimension {columns}, expected {expected}")
+    least = nq + nk * (1 if spec.v_norm is None else 2)
+    if (
+        columns % dim
+        or columns < least * dim
+        or (spec.v_norm is not None and columns > least * dim)
+    ):
+        form = "a multiple of head_dim {} of at least {}" if spec.v_norm is None else "{1}"
+        raise ValueError(f"qkv: last dimension {columns}, expected {form.format(dim, least * dim)}")
     heads = qkv.unflatten(-1, (columns // dim, dim))
     q, k, v = heads[..., :nq, :], heads[..., nq : nq + nk, :], heads[..., nq + nk :, :]
-    q2, k2 = qk_norm_rope(q, k, q_weight, k_weight, positions, spec, round_to=round_to, **extras)
+    if spec.v_norm is not None:
+        extras["v"] = v
+    q2, k2, *rest = qk_norm_rope(
+        q, k, q_weight, k_weight, positions, spec, round_to=round_to, **extras
+    )
     assert q2 is not None and k2 is not None
-    return torch.cat((q2, k2, v.to(q2.dtype)), dim=-2).flatten(-2)
+    v2 = rest[0] if rest and rest[0] is not None else v.to(q2.dtype)
+    return torch.cat((q2, k2, v2), dim=-2).flatten(-2)
+
+
+def norm_rope_groups(
+    x: Tensor,
+    groups: Sequence[Group],
+    positions: Tensor | None,
+    *,
+    round_to: torch.dtype | None = None,
+    **angles: Any,
+) -> Tensor:
+    """Return a copy of x in which each group of heads is normalised and rotated.
+
+    Args:
+        x: packed, [..., columns].
+        groups: what the columns hold; those of no group are copied.
+        positions: as in `qk_norm_rope`, for the groups that rotate and have none of their own.
+        round_to: dtype of the result; None means float64.
+        angles: cos_sin, cos_sin_cache, inv_freq, seq_len, rotate_from, rotate_to of `qk_norm_rope`,
+            for the groups that rotate.
+    """
+    y = x.double().clone()
+    for group in check_groups(x.shape[-1], groups):
+        own = positions if group.positions is None else group.positions
+        result, _ = qk_norm_rope(
+            group.view(x),
+            None,
+            group.weight,
+            None,
+            own,
+            group.spec,
+            q_bias=group.bias,
+            q_scale=group.scale,
+            **(angles if group.rope is not None else {}),
+        )
+        assert result is not None
+        group.view(y).copy_(result)
+    return _finish(y, round_to)
 
 
 def criterion_terms(
@@ -154,202 +222,53 @@ def criterion_terms(
     positions: Positions,
     spec: Spec,
     **extras: Unpack[Extras],
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Return |a| + |b| of every output element: the formula with absolute values as its summands.
 
-    norm_first: own = (|x| + |mean|) * rstd * |w| + |bias|, of both channels of the pair together.
-    rope_first: (|x_a| + |x_b| + |mean|) * rstd * |w_i| + |bias_i|, of the channel's own w and bias.
-    Either times max(1, attention factor), or times max(1, |cos|, |sin|) with a caller's table.
-    A channel that is not rotated has its own term alone. Arguments as in `qk_norm_rope`.
+    norm_first: own = ((|x| + |mean|) * rstd * |w| + |bias|) * |scale|, of both channels of the pair
+    together, times the gain.
+    rope_first: (((|x_a| + |x_b|) * gain + |mean|) * rstd * |w_i| + |bias_i|) * |scale_i|, of the
+    channel's own w, bias and scale.
+    The gain is max(1, attention factor), or max(1, |cos|, |sin|) with a caller's table. A channel
+    or token that is not rotated has its own term alone, and a channel outside every norm |x|.
+    Arguments as in `qk_norm_rope`.
     """
-    q_side, k_side = _sides(q, k, q_weight, k_weight, positions, spec, **extras)
-    return (
-        None if q_side is None else _terms(q_side, spec),
-        None if k_side is None else _terms(k_side, spec),
-    )
+    found = sides(q, k, q_weight, k_weight, positions, spec, **extras)
+    return tuple(None if s is None else _terms(s, spec.order) for s in found)
 
 
-# ---- normalise and rotate ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One of q and k, with everything that broadcasts against it."""
-
-    x: Tensor  # [..., heads, head_dim]
-    norm: Norm
-    weight: Tensor | None  # [head_dim] or [heads, head_dim]
-    bias: Tensor | None
-    cos: Tensor | None  # [..., 1, rotary_dim], attention factor inside; None: no rotation
-    sin: Tensor | None
-    gain: float | Tensor  # the criterion's bound on what a rotation multiplies by
-
-
-def _sides(
-    q: Tensor | None,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    positions: Positions,
-    spec: Spec,
-    **extras: Unpack[Extras],
-) -> tuple[_Side | None, _Side | None]:
-    table, cache = extras.get("cos_sin"), extras.get("cos_sin_cache")
-    source = resolve(spec, positions, table, cache, extras.get("inv_freq"), extras.get("seq_len"))
-    return (
-        _side(source, "q", q, q_weight, extras.get("q_bias"), spec.q_norm),
-        _side(source, "k", k, k_weight, extras.get("k_bias"), spec.k_norm_resolved),
-    )
-
-
-def _side(
-    source: Source,
-    name: str,
-    x: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: Norm,
-) -> _Side | None:
-    if x is None:
-        return None
-    spec = source.spec
-    heads = spec.num_q_heads if name == "q" else spec.num_kv_heads
-    if x.ndim < 2 or tuple(x.shape[-2:]) != (heads, spec.head_dim):
-        got = tuple(x.shape)
-        raise ValueError(f"{name}: shape {got}, expected (..., {heads}, {spec.head_dim})")
-    weight = _per_channel(f"{name}_weight", weight, norm, heads, spec.head_dim)
-    bias = _per_channel(f"{name}_bias", bias, norm, heads, spec.head_dim)
-    cos = sin = None
-    gain: float | Tensor = max(1.0, source.attention_factor)
-    if spec.rope is not None:
-        positions = source.q_positions if name == "q" else source.k_positions
-        cos, sin = source.channel_cos_sin(x.shape[:-2], positions)
-        if source.cos_sin is not None or source.cache is not None:
-            gain = torch.maximum(cos.abs(), sin.abs()).clamp_min(1.0)
-    return _Side(x, norm, weight, bias, cos, sin, gain)
-
-
-def _per_channel(
-    name: str, value: Tensor | None, norm: Norm, heads: int, head_dim: int
-) -> Tensor | None:
-    """Check a weight or bias and give it a shape that broadcasts to [..., heads, head_dim]."""
-    if value is None:
-        return None
-    if norm.kind == "none":
-        raise ValueError(f'{name}: given, but its norm is "none"')
-    shape = tuple(value.shape)
-    if norm.scope == "row" and shape == (heads * head_dim,):
-        return value.view(heads, head_dim)
-    if shape in ((head_dim,), (heads, head_dim)):
-        return value
-    forms = f"({head_dim},), ({heads}, {head_dim})" + (
-        f" or ({heads * head_dim},)" if norm.scope == "row" else ""
-    )
-    raise ValueError(f"{name}: shape {shape}, expected {forms}")
-
-
-def _statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal scale of each head (scope "head") or token (scope "row")."""
-    dims = (-2, -1) if norm.scope == "row" else (-1,)
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    if norm.kind == "none":
-        return zero, zero + 1
-    if norm.kind == "l2":
-        return zero, 1 / x.square().sum(dims, keepdim=True).sqrt().clamp_min(norm.eps)
-    mean = x.mean(dims, keepdim=True) if norm.kind == "layer" else zero
-    return mean, ((x - mean).square().mean(dims, keepdim=True) + norm.eps).rsqrt()
-
-
-def _effective_weight(side: _Side) -> Tensor:
-    if side.weight is None:
-        return torch.ones((), dtype=torch.float64, device=side.x.device)
-    return side.weight.double() + side.norm.weight_offset
-
-
-def _bias(side: _Side) -> Tensor:
-    zero = torch.zeros((), dtype=torch.float64, device=side.x.device)
-    return zero if side.bias is None else side.bias.double()
-
-
-def _normalise(x: Tensor, side: _Side) -> Tensor:
-    mean, rstd = _statistics(x, side.norm)
-    return (x - mean) * rstd * _effective_weight(side) + _bias(side)
-
-
-def _partner(x: Tensor, pairing: str) -> Tensor:
-    """The other channel of each pair: (a, b) becomes (b, a)."""
-    if pairing == "interleaved":
-        return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return x.roll(x.shape[-1] // 2, dims=-1)
-
-
-def _quarter_turn(x: Tensor, pairing: str) -> Tensor:
-    """Each pair turned by 90 degrees: (a, b) becomes (-b, a)."""
-    sign = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
-    if pairing == "interleaved":
-        sign[0::2] = -1
-    else:
-        sign[: x.shape[-1] // 2] = -1
-    return _partner(x, pairing) * sign
-
-
-def _rotate(x: Tensor, side: _Side, spec: Spec) -> Tensor:
-    if spec.rope is None or side.cos is None or side.sin is None:
-        return x
-    turned, rest = x[..., : spec.rotary_dim], x[..., spec.rotary_dim :]
-    # In float64 the casts do nothing; in the eager chain every product and the sum round.
-    cos, sin = side.cos.to(x.dtype), side.sin.to(x.dtype)
-    turned = turned * cos + _quarter_turn(turned, spec.rope.pairing) * sin
-    return torch.cat((turned, rest), dim=-1)
-
-
-def _exact(side: _Side, spec: Spec) -> Tensor:
+def _run(side: Side, order: str) -> Tensor:
+    if side.rounding is not None:
+        return rounded(side, side.rounding, order)
     x = side.x.double()
-    if spec.order == "rope_first":
-        return _normalise(_rotate(x, side, spec), side)
-    return _rotate(_normalise(x, side), side, spec)
-
-
-def _eager(side: _Side, spec: Spec) -> Tensor:
-    """The unfused chain of Hugging Face's Qwen3 and Llama: each step rounds to the input's dtype.
-
-    The statistic is float32 and so is x * rstd; that product is cast, then multiplied by the
-    weight, and cos and sin are cast before the rotation.
-    """
-    dtype = side.x.dtype
-
-    def normalise(x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(dtype, torch.float32))
-        mean, rstd = _statistics(wide, side.norm)
-        y = ((wide - mean) * rstd).to(dtype)
-        if side.weight is not None:
-            y = _effective_weight(side).to(dtype) * y
-        return y if side.bias is None else y + side.bias.to(dtype)
-
-    if spec.order == "rope_first":
-        return normalise(_rotate(side.x, side, spec))
-    return _rotate(normalise(side.x), side, spec)
+    if order == "rope_first":
+        return normalise(rotate(x, side), side)
+    return rotate(normalise(x, side), side)
 
 
 def _finish(y: Tensor, round_to: torch.dtype | None) -> Tensor:
     return (y if round_to is None else round_once(y, round_to)).contiguous()
 
 
-def _terms(side: _Side, spec: Spec) -> Tensor:
-    x = side.x.double()
-    rope_first = spec.order == "rope_first"
-    mean, rstd = _statistics(_rotate(x, side, spec) if rope_first else x, side.norm)
-    scale, bias = rstd * _effective_weight(side).abs(), _bias(side).abs()
+def _terms(side: Side, order: str) -> Tensor:
+    x, turn = side.x.double(), side.turn
+    turned = rotate(x, side) if order == "rope_first" else x
 
-    def rotated(own: Tensor) -> Tensor:
-        if spec.rope is None:
-            return own
-        turned, rest = own[..., : spec.rotary_dim], own[..., spec.rotary_dim :]
-        return torch.cat((turned + _partner(turned, spec.rope.pairing), rest), dim=-1)
+    def both(x: Tensor) -> Tensor:
+        """|a| + |b| on both channels of each pair, times the gain."""
+        if turn is None:
+            return x
+        gain = turn.gain
+        return move_pairs(x, turn, lambda ab: ab.sum(-1, keepdim=True).expand_as(ab) * gain)
 
-    if rope_first:
-        terms = (rotated(x.abs()) + mean.abs()) * scale + bias
-    else:
-        terms = rotated((x.abs() + mean.abs()) * scale + bias)
-    turned, rest = terms[..., : spec.rotary_dim], terms[..., spec.rotary_dim :]
-    return torch.cat((turned * side.gain, rest), dim=-1)
+    def normed(x: Tensor, span: Span) -> Tensor:
+        mean, rstd = statistics(turned[..., span.channels], span.norm)
+        y, w = (x + mean.abs()) * rstd, effective_weight(span)
+        y = y if w is None else y * w.abs()
+        return y if span.bias is None else y + span.bias.double().abs()
+
+    def scaled(x: Tensor) -> Tensor:
+        y = each_span(x, side, normed)
+        return y if side.scale is None else y * side.scale.double().abs()
+
+    return scaled(both(x.abs())) if order == "rope_first" else both(scaled(x.abs()))

@@ -25,8 +25,8 @@ class Scaling:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def check_rope(self, theta: float, dim: int) -> None:
-        """Raise ValueError where this rule has no meaning for a theta or rotary dim."""
+    def check_rope(self, theta: float, dim: int, pairs: int) -> None:
+        """Raise ValueError where this rule has no meaning for a theta, rotary dim or pairs."""
 
 
 def _length(name: str, value: Any) -> int:
@@ -61,7 +61,7 @@ class NTK(Scaling):
     def __post_init__(self) -> None:
         self._set(factor=real("NTK.factor", self.factor, above=0.0))
 
-    def check_rope(self, theta: float, dim: int) -> None:
+    def check_rope(self, theta: float, dim: int, pairs: int) -> None:
         """The exponent needs a rotary dim of at least 4."""
         _needs_four("NTK", dim)
 
@@ -83,7 +83,7 @@ class DynamicNTK(Scaling):
             name = "original_max_position_embeddings"
             self._set(original_max_position_embeddings=_length(f"DynamicNTK.{name}", length))
 
-    def check_rope(self, theta: float, dim: int) -> None:
+    def check_rope(self, theta: float, dim: int, pairs: int) -> None:
         """The exponent needs a rotary dim of at least 4."""
         _needs_four("DynamicNTK", dim)
 
@@ -149,7 +149,7 @@ class YaRN(Scaling):
             name = "YaRN.beta_fast, beta_slow, truncate"
             refuse(ValueError, name, "their defaults beside low and high", got)
 
-    def check_rope(self, theta: float, dim: int) -> None:
+    def check_rope(self, theta: float, dim: int, pairs: int) -> None:
         """The correction range divides by ln(theta)."""
         if self.low is None and theta == 1.0:
             raise ValueError("Rope.theta: expected a number other than 1 with YaRN, got 1.0")
@@ -220,10 +220,10 @@ class LongRoPE(Scaling):
             expected = f"as many numbers as short_factor = {len(self.short_factor)}"
             refuse(ValueError, "LongRoPE.long_factor", expected, len(self.long_factor))
 
-    def check_rope(self, theta: float, dim: int) -> None:
+    def check_rope(self, theta: float, dim: int, pairs: int) -> None:
         """One factor for each rotated pair."""
-        if len(self.short_factor) != dim // 2:
+        if len(self.short_factor) != pairs:
             raise ValueError(
-                f"LongRoPE.short_factor: expected {dim // 2} numbers for rotary dim {dim}, "
+                f"LongRoPE.short_factor: expected {pairs} numbers for rotary dim {2 * pairs}, "
                 f"got {len(self.short_factor)}"
             )

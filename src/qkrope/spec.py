@@ -1,4 +1,4 @@
-"""What a model does to Q and K before attention, as a frozen value: Norm, Rope, Spec.
+"""What a model does to Q, K and V before attention, as a frozen value: Spec.
 
 The values know their limits and their canonical text, and nothing about devices, kernels or torch.
 """
@@ -10,7 +10,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ._limits import choice, instance, integer, real, refuse
+from ._limits import MAX_HEAD_DIM, choice, instance, integer, refuse
+from .norm import Norm
+from .rope import Pair, Rope
+from .rounding import Letters, Rounding, canonical_rounding, letters
 from .scaling import (
     MAX_LENGTH,
     NTK,
@@ -37,61 +40,9 @@ __all__ = [
     "YaRN",
 ]
 
-MAX_HEAD_DIM = 1024  # twin of QK_MAX_HEAD_DIM in native/params.h
 MAX_HEADS = 1 << 16
 
-_SCHEMA = "qkrope.Spec/1"
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """The normalisation of one side (Q or K).
-
-    ``y = x * r * (weight + weight_offset)``, with no weight taken as ones (and then no offset):
-    "rms"   r = 1 / sqrt(mean(x^2) + eps)
-    "layer" the same of x - mean(x), the bias added afterwards
-    "l2"    r = 1 / max(sqrt(sum(x^2)), eps)
-    "none"  y = x
-    The mean or sum runs over a head ("head") or over all heads of the token ("row").
-    ``weight_offset`` is 1 for models that store w - 1 (Gemma).
-    """
-
-    kind: str = "rms"
-    eps: float = 1e-6
-    weight_offset: float = 0.0
-    scope: str = "head"
-
-    def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "kind", choice("Norm.kind", self.kind, ("rms", "layer", "l2", "none")))
-        put(self, "eps", real("Norm.eps", self.eps, low=0.0))
-        put(self, "weight_offset", real("Norm.weight_offset", self.weight_offset))
-        put(self, "scope", choice("Norm.scope", self.scope, ("head", "row")))
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """The rotation: the first ``dim`` channels of a head turn by position * inv_freq.
-
-    ``inv_freq[i] = theta ** (-2 * i / dim)`` before ``scaling``; ``dim=None`` is the whole head.
-    Pairs are channels (i, i + dim / 2) with pairing="half" (NeoX), (2i, 2i + 1) with
-    "interleaved" (GPT-J).
-    """
-
-    dim: int | None = None
-    theta: float = 10000.0
-    pairing: str = "half"
-    scaling: Scaling | None = None
-
-    def __post_init__(self) -> None:
-        put = object.__setattr__
-        if self.dim is not None:
-            put(self, "dim", integer("Rope.dim", self.dim, 2, MAX_HEAD_DIM, even=True))
-        put(self, "theta", real("Rope.theta", self.theta, above=0.0))
-        put(self, "pairing", choice("Rope.pairing", self.pairing, ("half", "interleaved")))
-        instance("Rope.scaling", self.scaling, Scaling, optional=True)
-        if self.scaling is not None and self.dim is not None:
-            self.scaling.check_rope(self.theta, self.dim)
+_SCHEMA = "qkrope.Spec/2"
 
 
 @dataclass(frozen=True)
@@ -99,9 +50,11 @@ class Spec:
     """One model's step between the QKV projection and attention.
 
     Equal values are equal Specs and hash alike. ``k_norm=None`` normalises K as Q; ``rope=None``
-    rotates nothing; ``order`` is "norm_first" or "rope_first"; ``rounding`` is "once" (float32
-    from load to store) or "eager" (the casts of the unfused chain). ``max_position_embeddings`` is
-    the sequence length that length-dependent scalings take where a call gives no ``seq_len``.
+    rotates nothing; ``order`` is "norm_first" or "rope_first". ``rounding`` is "once" (float32
+    from load to store), or the casts of an unfused chain: "eager", "X/y" of `qkrope.rounding`, or
+    a pair of these where Q's differ from K's. ``max_position_embeddings`` is the sequence length
+    that length-dependent scalings take where a call gives no ``seq_len``. ``v_norm`` normalises V,
+    which is never rotated, in the same call; None leaves it alone.
     A value no backend runs yet still constructs; ``qkrope.reference`` runs every value.
     """
 
@@ -112,8 +65,9 @@ class Spec:
     k_norm: Norm | None = None
     rope: Rope | None = Rope()
     order: str = "norm_first"
-    rounding: str = "once"
+    rounding: Rounding = "once"
     max_position_embeddings: int | None = None
+    v_norm: Norm | None = None
 
     _text: ClassVar[str]  # made at once: torch.compile reads a constant, and cannot trace json
     # What calls keep on an instance (see qkrope.plan); no part of its value.
@@ -129,15 +83,16 @@ class Spec:
         instance("Spec.k_norm", self.k_norm, Norm, optional=True)
         instance("Spec.rope", self.rope, Rope, optional=True)
         put(self, "order", choice("Spec.order", self.order, ("norm_first", "rope_first")))
-        put(self, "rounding", choice("Spec.rounding", self.rounding, ("once", "eager")))
+        put(self, "rounding", canonical_rounding("Spec.rounding", self.rounding))
         if (length := self.max_position_embeddings) is not None:
             length = integer("Spec.max_position_embeddings", length, 1, MAX_LENGTH)
             put(self, "max_position_embeddings", length)
-        if (rope := self.rope) is not None:
-            if rope.dim is not None and rope.dim > self.head_dim:
-                refuse(ValueError, "Rope.dim", f"at most head_dim = {self.head_dim}", rope.dim)
-            if rope.scaling is not None:
-                rope.scaling.check_rope(rope.theta, self.rotary_dim)
+        instance("Spec.v_norm", self.v_norm, Norm, optional=True)
+        for name in ("norm", "k_norm", "v_norm"):
+            if (norm := getattr(self, name)) is not None:
+                norm.check(f"Spec.{name}", self.head_dim)
+        if self.rope is not None:
+            self.rope.check(self.rotary_dim, self.head_dim)
         text = {"schema": _SCHEMA, **_plain(self)}
         put(self, "_text", json.dumps(text, sort_keys=True, allow_nan=False))
 
@@ -157,6 +112,35 @@ class Spec:
         if self.rope is None:
             return 0
         return self.head_dim if self.rope.dim is None else self.rope.dim
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Channels (a, b) of a head that each rotated pair reads."""
+        return () if self.rope is None else self.rope.pairs(self.rotary_dim)
+
+    @property
+    def output_pairs(self) -> tuple[Pair, ...]:
+        """Channels of a head that each rotated pair writes."""
+        return () if self.rope is None else self.rope.output_pairs(self.rotary_dim)
+
+    @property
+    def pair_axes(self) -> tuple[int, ...]:
+        """The axis of positions ``[A, ...]`` that each pair turns by; zeros without axes."""
+        return () if self.rope is None else self.rope.axes(self.rotary_dim)
+
+    @property
+    def position_axes(self) -> int:
+        """A of positions ``[A, ...]``; 0 where positions have no axis of their own."""
+        return 0 if self.rope is None else self.rope.position_axes
+
+    @property
+    def roundings(self) -> tuple[Letters | None, Letters | None]:
+        """Q's and K's letters (norm, rotation) of `qkrope.rounding`, None for "once".
+
+        V rounds as K does.
+        """
+        pair = (self.rounding,) * 2 if isinstance(self.rounding, str) else self.rounding
+        return letters(pair[0]), letters(pair[1])
 
     def canonical(self) -> str:
         """One line of JSON with sorted keys: equal Specs have equal text, whatever built them."""

@@ -3,9 +3,10 @@
 Importing this module registers the ops, once a process. A traced call of ``qkrope.qk_norm_rope``,
 ``qk_norm_rope_`` or ``qkv_norm_rope_`` does it by itself; a process that loads an exported program
 says ``import qkrope.torch_op`` first. An op takes its Spec as text, ``Spec.canonical()``, which
-means the same in every process. Pairs come apart: cos_sin as cos and sin, out as q_out and k_out,
-positions as positions and k_positions. Everything else, results and errors too, is as in the
-public calls, which are what the ops run.
+means the same in every process. What holds several values comes apart: cos_sin as cos, sin, k_cos
+and k_sin, out as q_out, k_out and v_out, positions as positions and k_positions; a scale that is a
+number is q_scale_number or k_scale_number. Everything else, errors too, is as in the public calls,
+which are what the ops run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from . import cpu, ops
+from .extras import Extras, _tables, pair
 from .plan import refuse_no_spec
 from .spec import Spec
 
@@ -25,8 +27,11 @@ __all__ = ["qk_norm_rope", "qk_norm_rope_", "qkv_norm_rope_"]
 Tensor = torch.Tensor
 _Op = Callable[..., Any]
 
-_PAIRS = {"cos_sin": ("cos", "sin"), "out": ("q_out", "k_out")}
-_SHOWN = {"q_out": "out[0]", "k_out": "out[1]"}  # what errors call them
+_TABLES = ("cos", "sin", "k_cos", "k_sin")
+_OUT = ("q_out", "k_out", "v_out")
+_SCALES = ("q_scale", "k_scale")
+# What errors call them.
+_SHOWN = {"k_cos": "k cos", "k_sin": "k sin"} | {name: f"out[{i}]" for i, name in enumerate(_OUT)}
 _spec = cache(Spec.from_canonical)
 
 
@@ -35,22 +40,21 @@ _spec = cache(Spec.from_canonical)
 
 def qk_norm_rope(
     q: Tensor | None, k: Tensor | None, *rest: Any, **extras: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """``qkrope.qk_norm_rope`` as one node of a graph: same arguments, result and errors."""
-    ops._first(q, k)
-    args, more = _flat(*rest, **extras)
-    if (out := extras["out"]) is not None:
+) -> tuple[Tensor | None, ...]:
+    """``qkrope.qk_norm_rope`` as one node of a graph: same arguments, results and errors."""
+    args, more = _flat((q, k), *rest, **extras)
+    if (out := extras.get("out")) is not None:
         torch.ops.qkrope.qk_norm_rope.out(q, k, *args, **more)
-        return out[0], out[1]
-    q2, k2 = torch.ops.qkrope.qk_norm_rope.default(q, k, *args, **more)
-    return None if q is None else q2, None if k is None else k2
+        return tuple(out)
+    made = iter(torch.ops.qkrope.qk_norm_rope.default(q, k, *args, **more))
+    given = (q, k) if extras.get("v") is None else (q, k, extras["v"])
+    return tuple([None if x is None else next(made) for x in given])
 
 
 def qk_norm_rope_(q: Tensor | None, k: Tensor | None, *rest: Any, **extras: Any) -> None:
     """``qkrope.qk_norm_rope_`` as one node of a graph."""
-    ops._first(q, k)
-    args, more = _flat(*rest, **extras)
-    if extras["out"] is None:
+    args, more = _flat((q, k), *rest, **extras)
+    if extras.get("out") is None:
         torch.ops.qkrope.qk_norm_rope_.default(q, k, *args, **more)
     else:
         torch.ops.qkrope.qk_norm_rope.out(q, k, *args, **more)
@@ -58,8 +62,8 @@ def qk_norm_rope_(q: Tensor | None, k: Tensor | None, *rest: Any, **extras: Any)
 
 def qkv_norm_rope_(qkv: Tensor, *rest: Any, **extras: Any) -> None:
     """``qkrope.qkv_norm_rope_`` as one node of a graph."""
-    args, more = _flat(*rest, **extras)
-    if extras["out"] is not None:
+    args, more = _flat((qkv,), *rest, **extras)
+    if extras.get("out") is not None:
         torch.ops.qkrope.qkv_norm_rope_.out(qkv, *args, **more)
     elif more:
         torch.ops.qkrope.qkv_norm_rope_.more(qkv, *args, **more)
@@ -68,16 +72,24 @@ def qkv_norm_rope_(qkv: Tensor, *rest: Any, **extras: Any) -> None:
 
 
 def _flat(
-    q_weight: Any, k_weight: Any, positions: Any, spec: Spec, **extras: Any
+    inputs: tuple[Any, ...], q_weight: Any, k_weight: Any, positions: Any, spec: Spec, **extras: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pairs taken apart, as a schema wants them, and what is not given left out."""
+    """A call's arguments as a schema wants them, without those that are not given."""
     refuse_no_spec(spec)
-    more = {name: value for name, value in extras.items() if name not in _PAIRS}
-    for name, (first, second) in _PAIRS.items():
-        if extras[name] is not None:
-            more[first], more[second] = ops._pair(name, extras[name])
+    if all(x is None for x in inputs):
+        ops._first(*inputs)  # raises
+    for name in extras:
+        if name not in Extras.__annotations__:
+            raise TypeError(f"{name}: expected a keyword of qkrope.qk_norm_rope, got this one")
+    more = {name: value for name, value in extras.items() if name not in ("cos_sin", "out")}
+    more.update(zip(_TABLES, _tables(extras.get("cos_sin")), strict=True))
+    if (out := extras.get("out")) is not None:
+        more.update(zip(_OUT, pair("out", out, 3 if len(out) == 3 else 2), strict=False))
+    for name in _SCALES:
+        if name in more and not isinstance(more[name], Tensor):
+            more[f"{name}_number"] = more.pop(name)
     if isinstance(positions, tuple | list):
-        positions, more["k_positions"] = ops._pair("positions", positions)
+        positions, more["k_positions"] = pair("positions", positions)
     given = {name: value for name, value in more.items() if value is not None}
     return (q_weight, k_weight, positions, spec.canonical()), given
 
@@ -86,16 +98,24 @@ def _flat(
 
 
 def _whole(function: _Op) -> _Op:
-    """A public call behind an op: the Spec of its text, and pairs put together again."""
+    """A public call behind an op: the Spec of its text, and what came apart put together."""
 
     def run(*args: Any, **more: Any) -> Any:
         *inputs, positions, text = args
         if (k_positions := more.pop("k_positions", None)) is not None:
             positions = (positions, k_positions)
-        for name, (first, second) in _PAIRS.items():
-            pair = more.pop(first, None), more.pop(second, None)
-            if pair[0] is not None or pair[1] is not None:
-                more[name] = pair
+        cos, sin, k_cos, k_sin = (more.pop(name, None) for name in _TABLES)
+        if k_cos is not None or k_sin is not None:
+            first = None if cos is None and sin is None else (cos, sin)
+            more["cos_sin"] = (first, (k_cos, k_sin))
+        elif cos is not None or sin is not None:
+            more["cos_sin"] = (cos, sin)
+        outs = tuple(more.pop(name, None) for name in _OUT)
+        if any(out is not None for out in outs):
+            more["out"] = outs if outs[2] is not None else outs[:2]
+        for name in _SCALES:
+            if (number := more.pop(f"{name}_number", None)) is not None:
+                more[name] = number
         return function(*inputs, positions, _spec(text), **more)
 
     return run
@@ -106,17 +126,20 @@ def _into(function: _Op) -> _Op:
     whole = _whole(function)
 
     def run(*args: Any, **more: Any) -> None:
-        for i, name in enumerate(("q_out", "k_out")):
-            if more.get(name) is None and (function is ops.qkv_norm_rope_ or args[i] is not None):
+        if function is ops.qkv_norm_rope_:
+            needed: tuple[bool, ...] = (True, True, _spec(args[-1]).v_norm is not None)
+        else:
+            needed = tuple(x is not None for x in (*args[:2], more.get("v")))
+        for i, name in enumerate(_OUT):
+            if needed[i] and more.get(name) is None:
                 raise TypeError(f"out[{i}]: expected a tensor, got None")
         whole(*args, **more)
 
     return run
 
 
-def _qk_norm_rope(q: Tensor | None, k: Tensor | None, *rest: Any, **more: Any) -> Any:
-    q2, k2 = _whole(ops.qk_norm_rope)(q, k, *rest, **more)
-    return (k2.new_empty(0) if q2 is None else q2), (q2.new_empty(0) if k2 is None else k2)
+def _qk_norm_rope(*args: Any, **more: Any) -> list[Tensor]:
+    return [y for y in _whole(ops.qk_norm_rope)(*args, **more) if y is not None]
 
 
 def _qkv_norm_rope_(
@@ -133,46 +156,50 @@ def _qkv_norm_rope_(
 def _fake(result: str, *names: str) -> _Op:
     """What tracing takes an op for. Here, since traced tensors know it, no gradient is lost."""
 
-    def fake(*args: Any, **more: Any) -> Any:
+    def fake(*args: Any, **more: Any) -> list[Tensor] | None:
         if torch.is_grad_enabled():
             named = {**dict(zip((*names, "q_weight", "k_weight"), args, strict=False)), **more}
             ops._refuse_grad(result == "in place", {_SHOWN.get(n, n): x for n, x in named.items()})
         if result != "new":
             return None
-        q, k = args[:2]
-        return (
-            k.new_empty(0) if q is None else q.new_empty(q.shape),
-            q.new_empty(0) if k is None else k.new_empty(k.shape),
-        )
+        return [x.new_empty(x.shape) for x in (*args[:2], more.get("v")) if x is not None]
 
     return fake
 
 
+def _schema(inputs: str, v: str = "", out: str = "") -> str:
+    optional = f"k_positions q_bias k_bias q_scale k_scale {v} v_weight".split()
+    optional += [*_TABLES, "cos_sin_cache", "inv_freq"]
+    tensors = ", ".join(f"Tensor? {name}=None" for name in optional)
+    tensors = tensors.replace("Tensor? v!", "Tensor(c!)? v")
+    numbers = "float? q_scale_number=None, float? k_scale_number=None, SymInt? seq_len=None"
+    numbers += ", SymInt rotate_from=0, SymInt? rotate_to=None"
+    return f"({inputs}, {_REST}, *, {tensors}, {numbers}{out})"
+
+
 _REST = "Tensor? q_weight, Tensor? k_weight, Tensor? positions, str spec"
-_MORE = f"{_REST}, *, Tensor? k_positions=None, Tensor? q_bias=None, Tensor? k_bias=None"
-_MORE += ", Tensor? cos=None, Tensor? sin=None, Tensor? cos_sin_cache=None, Tensor? inv_freq=None"
-_MORE += ", SymInt? seq_len=None"
-_OUT = f"{_MORE}, Tensor(a!)? q_out=None, Tensor(b!)? k_out=None"
-_PACKED = _fake("in place", "qkv")
+_OUTS = ", Tensor(a!)? q_out=None, Tensor(b!)? k_out=None, Tensor(c!)? v_out=None"
+_APART, _PACKED = _fake("in place", "q", "k"), _fake("in place", "qkv")
 _OPS: dict[str, tuple[_Op, _Op]] = {
-    # The result of an absent side is an empty tensor: a schema has no other word for None.
-    f"qk_norm_rope(Tensor? q, Tensor? k, {_MORE}) -> (Tensor, Tensor)":
+    # The results of the inputs that are given, in the order q, k, v.
+    f"qk_norm_rope{_schema('Tensor? q, Tensor? k', 'v')} -> Tensor[]":
         (_qk_norm_rope, _fake("new", "q", "k")),
-    f"qk_norm_rope.out(Tensor? q, Tensor? k, {_OUT}) -> ()":
+    f"qk_norm_rope.out{_schema('Tensor? q, Tensor? k', 'v', _OUTS)} -> ()":
         (_into(ops.qk_norm_rope_), _fake("out", "q", "k")),
-    f"qk_norm_rope_(Tensor(a!)? q, Tensor(b!)? k, {_MORE}) -> ()":
-        (_whole(ops.qk_norm_rope_), _fake("in place", "q", "k")),
-    # The plain call has a schema of its own: ten more arguments would cost each call 0.5 us.
+    f"qk_norm_rope_{_schema('Tensor(a!)? q, Tensor(b!)? k', 'v!')} -> ()":
+        (_whole(ops.qk_norm_rope_), _APART),
+    # The plain call has a schema of its own: the other arguments would cost each call 0.5 us.
     f"qkv_norm_rope_(Tensor(a!) qkv, {_REST}) -> ()": (_qkv_norm_rope_, _PACKED),
-    f"qkv_norm_rope_.more(Tensor(a!) qkv, {_MORE}) -> ()": (_whole(ops.qkv_norm_rope_), _PACKED),
-    f"qkv_norm_rope_.out(Tensor qkv, {_OUT}) -> ()": (_into(ops.qkv_norm_rope_), _PACKED),
+    f"qkv_norm_rope_.more{_schema('Tensor(a!) qkv')} -> ()": (_whole(ops.qkv_norm_rope_), _PACKED),
+    f"qkv_norm_rope_.out{_schema('Tensor qkv', out=_OUTS)} -> ()":
+        (_into(ops.qkv_norm_rope_), _PACKED),
 }  # fmt: skip
 _library = torch.library.Library("qkrope", "DEF")
-for _schema, (_run, _traced) in _OPS.items():
+for _text, (_run, _traced) in _OPS.items():
     # Strides stay as the model made them: any will do, and to change them would be a copy.
     _tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-    _name = _schema.partition("(")[0]
-    _library.define(_schema, tags=_tags)
+    _name = _text.partition("(")[0]
+    _library.define(_text, tags=_tags)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"qkrope::{_name}", _traced, lib=_library)

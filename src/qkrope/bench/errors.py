@@ -102,4 +102,6 @@ def exact_and_terms(
 ) -> tuple[Pair, Pair]:
     """The oracle's result (float64) and the scale of the criterion's bound, for the same inputs."""
     arguments = (q, k, q_weight, k_weight, positions, spec)
-    return reference.qk_norm_rope(*arguments), reference.criterion_terms(*arguments)
+    q_ref, k_ref = reference.qk_norm_rope(*arguments)
+    q_terms, k_terms = reference.criterion_terms(*arguments)
+    return (q_ref, k_ref), (q_terms, k_terms)

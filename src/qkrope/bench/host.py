@@ -218,7 +218,7 @@ def broken_entries(cache: Path) -> int:
 
 
 def first_bars(device: str, repeats: int = REPEATS, processes: int = PROCESSES) -> list[Bar]:
-    """Cold, warm, and many at once. One call that nobody times comes first: it writes .pyc files."""
+    """Cold, warm, and many at once, after a call that nobody times: it writes the .pyc files."""
     with TemporaryDirectory() as name:
         caches = [Path(name) / str(i) for i in range(2 * repeats + 1)]
         first_calls(device, caches[0])
@@ -229,7 +229,9 @@ def first_bars(device: str, repeats: int = REPEATS, processes: int = PROCESSES) 
     for result in warm:
         if result["compiled"]:
             raise RuntimeError("a call on a filled cache imported the compiler (a bug in qkrope)")
-    wrong = sum(not is_right(result) for result in (*cold, *warm, *(r for one in many for r in one)))
+    wrong = sum(
+        not is_right(result) for result in (*cold, *warm, *(r for one in many for r in one))
+    )
 
     def ms(results: Sequence[Result], key: str = "seconds") -> float:
         return median(result[key] for result in results) * 1e3
