@@ -24,7 +24,9 @@ def unsupported(spec: Spec, backend: str) -> str | None:
         return None
     if spec.v_norm is not None:
         return f"v_norm={spec.v_norm.kind!r}"
-    return _beyond_plain(spec) or (f"rope.reverse={True!r}" if spec.rope and spec.rope.reverse else None)
+    if spec.rope is not None and spec.rope.reverse:
+        return "rope.reverse=True"
+    return _beyond_plain(spec)
 
 
 def is_general(spec: Spec) -> bool:

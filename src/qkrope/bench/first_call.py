@@ -55,7 +55,7 @@ def main(device: str, folder: str, name: str) -> None:
     result: dict[str, Any] = {
         "seconds": end - start,
         "import_seconds": imported - start,
-        "compiled": "cuda.core" in set(sys.modules) - loaded,
+        "compiled": "cuda.bindings.nvrtc" in set(sys.modules) - loaded,
         "qkv": given["qkv"].cpu(),
     }
     torch.save(result, here / f"{name}.pt")

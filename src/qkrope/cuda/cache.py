@@ -7,8 +7,8 @@ import os
 import stat
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import CompileError
 
@@ -17,8 +17,7 @@ _DIGEST = 32
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A cubin and what ptxas said of it."""
 
     cubin: bytes
