@@ -84,7 +84,6 @@ def test_python_dash_m() -> None:
         ["check", "--device", "cpu", "--scaling", "YaRN(4.0)"],
         ["check", "--device", "cpu", "--scaling", "open(file='x')"],
         ["check", "--device", "cpu", "--shape", "Qwen3-8B", "--spec", "{}"],
-        ["check", "--device", "cpu", "--norm", "layer", "--rows", "2"],
         ["run", "missing.safetensors"],
         ["build", "--arch", "ninety"],
         ["build", "--arch", "sm_90", "--jobs", "0"],

@@ -14,6 +14,7 @@ _LAZY = {
     "qk_norm_rope": "ops",
     "qk_norm_rope_": "ops",
     "qkv_norm_rope_": "ops",
+    "norm_rope_groups_": "ops_groups",
     "warmup": "ops",
     "Group": "groups",
     "grid_positions": "grid",

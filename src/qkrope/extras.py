@@ -11,14 +11,27 @@ from .plan import refuse_no_spec
 from .scaling import MAX_LENGTH
 from .spec import Spec
 
-__all__ = ["OPERANDS", "PLAIN", "Extras", "native_operands", "pair"]
+__all__ = ["OPERANDS", "PLAIN", "Angles", "Extras", "native_operands", "pair"]
 
 Tensor = torch.Tensor
 CosSin = tuple[Tensor, Tensor]
 
 
-class Extras(TypedDict, total=False):
-    """Keywords of `qkrope.qk_norm_rope` and its forms; None, or 0 of rotate_from, is not given."""
+class Angles(TypedDict, total=False):
+    """Keywords that say by what angles, and which tokens turn; None is not given, nor is 0 of
+    rotate_from.
+    """
+
+    cos_sin: CosSin | tuple[CosSin | None, CosSin | None] | None
+    cos_sin_cache: Tensor | None
+    inv_freq: Tensor | None
+    seq_len: int | None
+    rotate_from: int
+    rotate_to: int | None
+
+
+class Extras(Angles, total=False):
+    """Keywords of `qkrope.qk_norm_rope` and its forms."""
 
     q_bias: Tensor | None
     k_bias: Tensor | None
@@ -26,12 +39,6 @@ class Extras(TypedDict, total=False):
     k_scale: float | Tensor | None
     v: Tensor | None
     v_weight: Tensor | None
-    cos_sin: CosSin | tuple[CosSin | None, CosSin | None] | None
-    cos_sin_cache: Tensor | None
-    inv_freq: Tensor | None
-    seq_len: int | None
-    rotate_from: int
-    rotate_to: int | None
     out: tuple[Tensor | None, ...] | None
 
 
@@ -58,10 +65,11 @@ def pair(name: str, value: Any, count: int = 2) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def native_operands(spec: Spec, extras: dict[str, Any]) -> dict[str, Any]:
+def native_operands(spec: Spec, extras: dict[str, Any], sides: tuple[bool, bool]) -> dict[str, Any]:
     """The operands by native name, in native order after "positions[1]"; seq_len is not one.
 
-    Raises where their combination makes no sense; shapes and dtypes are checked in native code.
+    ``sides`` says whether the call has q and k. Raises where the combination makes no sense; shapes
+    and dtypes are checked in native code.
     """
     if unknown := sorted(extras.keys() - Extras.__annotations__.keys()):
         raise TypeError(f"{unknown[0]}: expected a keyword of qkrope.qk_norm_rope, got this one")
@@ -78,7 +86,7 @@ def native_operands(spec: Spec, extras: dict[str, Any]) -> dict[str, Any]:
     given += ["rotate_to"] if stop >= 0 else []
     if given and spec.rope is None:
         raise ValueError(f"{given[0]}: expected None since spec.rope is None, got a value")
-    cos, sin, k_cos, k_sin = _tables(get("cos_sin"))
+    cos, sin, k_cos, k_sin = _tables(get("cos_sin"), sides)
     with_v = get("v") is not None or spec.v_norm is not None
     out = get("out")
     outs = (None,) * 3 if out is None else pair("out", out, len(out) if _fits(out, with_v) else 2)
@@ -107,7 +115,7 @@ def _scale(name: str, value: Any) -> Any:
     return value if value is None or isinstance(value, Tensor) else real(name, value)
 
 
-def _tables(cos_sin: Any) -> tuple[Any, Any, Any, Any]:
+def _tables(cos_sin: Any, sides: tuple[bool, bool]) -> tuple[Any, Any, Any, Any]:
     """cos and sin of both sides, or of q and then of k where each has its own."""
     if cos_sin is None:
         return (None,) * 4
@@ -116,10 +124,10 @@ def _tables(cos_sin: Any) -> tuple[Any, Any, Any, Any]:
         if first is None or second is None:
             raise TypeError("cos_sin: expected two tensors (cos, sin), got None among them")
         return first, second, None, None
-    both = []
+    both: list[Any] = []
     for i, item in enumerate((first, second)):
         table = (None, None) if item is None else pair(f"cos_sin[{i}]", item)
-        if item is not None and (table[0] is None or table[1] is None):
+        if (sides[i] or item is not None) and (table[0] is None or table[1] is None):
             raise TypeError(f"cos_sin[{i}]: expected two tensors (cos, sin), got None among them")
         both += table
     return both[0], both[1], both[2], both[3]

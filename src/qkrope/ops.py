@@ -28,6 +28,7 @@ __all__ = ["build_variant", "qk_norm_rope", "qk_norm_rope_", "qkv_norm_rope_", "
 
 Tensor = torch.Tensor
 Positions = Tensor | tuple[Tensor | None, Tensor] | None
+CHECK_ONLY = 2  # flag of a native call that raises what the call would, and does nothing
 _UNWRITTEN_WEIGHTS = 1  # nothing on the stream can have written them: no training step runs
 _cuda: Any = None  # the CUDA backend's entry, once a call needs it
 _grad_enabled = torch.is_grad_enabled
@@ -65,7 +66,9 @@ def _prepare(
 ) -> tuple[Plan, tuple[Any, ...]]:
     """The call in native order: everything but the plain packed call comes through here."""
     seq_len = extras.pop("seq_len", None)
-    known = native_operands(spec, extras) if extras else {}
+    packed = qkv is not None
+    sides = (packed or q is not None, packed or k is not None)
+    known = native_operands(spec, extras, sides) if extras else {}
     if torch.is_grad_enabled():
         named = {"qkv": qkv, "q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight}
         _refuse_grad(in_place, named | known)
@@ -149,9 +152,9 @@ def qk_norm_rope(
     q: ``[..., num_q_heads, head_dim]``, k: ``[..., num_kv_heads, head_dim]``; float32, bfloat16 or
     float16; last stride 1, all others free. Either may be None; its result is then None. They may
     differ in length where ``positions=(q_positions, k_positions)``.
-    q_weight, k_weight: ``[head_dim]``, ``[heads, head_dim]`` (a row per head), with scope "row" also
-    ``[heads * head_dim]``, in float32, bfloat16 or float16, or None for ones. With ``Norm.dim``:
-    ``Norm.weight_dim`` channels in place of head_dim.
+    q_weight, k_weight: ``[head_dim]``, ``[heads, head_dim]`` (a row per head), with scope "row"
+    also ``[heads * head_dim]``, in float32, bfloat16 or float16, or None for ones. With
+    ``Norm.dim``: ``Norm.weight_dim`` channels in place of head_dim.
     positions: int32 or int64, broadcast to the leading dimensions, ``[A, ...]`` where the rotation
     has A axes; None without rotation or with ``cos_sin``. Values in [-2^31, 2^31): others raise on
     a CPU, and on CUDA, where nothing may wait for the device, they make the rotated channels of

@@ -11,9 +11,9 @@ from typing import Any
 
 from . import _native, angles
 from ._limits import integer
-from .scaling import MAX_LENGTH
 from .norm import Norm
 from .rope import PAIRINGS, Rope
+from .scaling import MAX_LENGTH
 from .spec import Spec
 from .variant import NORM_LETTERS, NORMS, TURN_LETTERS, is_general, unsupported
 

@@ -148,7 +148,8 @@ static int scale_arg(const char* name, const TVMFFIAny* arg, const DLTensor** ou
 //              [, k_positions, cos, sin, cos_sin_cache, inv_freq, q_out, k_out
 //               [, q_bias, k_bias, k_cos, k_sin, v, v_weight, v_out, q_scale, k_scale,
 //                rotate_from, rotate_to]]) -> the answer of qk_cuda_run.
-// flags: 1 = nothing on this stream can have written the weights. rotate_to: -1 = to the end.
+// flags: 1 = nothing on this stream can have written the weights; 2 = check and do nothing.
+// rotate_to: -1 = to the end.
 FUNCTION(qk_norm_rope) {
   (void)self;
   static const char* names[] = {
@@ -183,6 +184,7 @@ FUNCTION(qk_norm_rope) {
   }
   qk_checked checked;
   if (qk_check(&call, &checked)) return -1;
+  if (args[1].v_int64 & 2) return return_int(result, 0);
   long long answer = 0;
   if (checked.device_type == kDLCPU) {
     if (run_cpu(&checked)) return -1;

@@ -175,9 +175,9 @@ static int check_tables(const qk_call* c, const operands* o, const int* sides, c
   const DLTensor *cos = c->cos, *sin = c->sin;
   const char** name = names[c->k_cos ? 1 : 0];
   if (c->k_cos && !sides[Q]) cos = c->k_cos, sin = c->k_sin, name = names[2];
-  if (!cos)
-    return qk_raise("ValueError", "%s: expected a tensor beside the other side's, got None",
-                    name[0]);
+  if (!cos || !sin)
+    return qk_raise("ValueError", "%s: expected a tensor beside the other's, got None",
+                    name[cos != 0]);
   form a, b;
   if (check_table(o, name[0], cos, sides, lead, turning, rotary, dtype, &a, &p->cos, &p->cos_step,
                   &p->cos_head, cos_stride) ||

@@ -19,7 +19,6 @@ namespace qk {
 QK_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 QK_FN float mul(float a, float b) { return __fmul_rn(a, b); }
 QK_FN float add(float a, float b) { return __fadd_rn(a, b); }
-QK_FN float div(float a, float b) { return __fdiv_rn(a, b); }
 QK_FN float neg(float a) { return -a; }
 QK_FN double dfma(double a, double b, double c) { return __fma_rn(a, b, c); }
 QK_FN double dmul(double a, double b) { return __dmul_rn(a, b); }
