@@ -18,7 +18,7 @@ import qkrope
 from cases import ANGLES, Call, Recipe, assert_same_bits
 from op_calls import CPU, RECIPES, SPEC, outputs, views
 from qkrope import torch_op  # noqa: F401  registers the ops
-from qkrope.spec import DynamicNTK, Spec
+from qkrope.spec import DynamicNTK, Rope, Spec
 
 OPS = torch.ops.qkrope
 BF16 = torch.bfloat16
@@ -122,6 +122,24 @@ def test_every_angle_source_compiles(angle: str) -> None:
     call = recipe.make()
     torch.compile(CALLS["packed"][1], backend="eager", fullgraph=True)(call)
     call.check(call.q, call.k)
+
+
+def test_each_group_is_a_node() -> None:
+    groups = [
+        qkrope.Group(0, 2, 16, weight=torch.rand(16), rope=Rope(8), head_stride=32),
+        qkrope.Group(64, 3, 16, rope=Rope(), scale=0.5),
+    ]
+    graphs = Graphs()
+
+    def function(x: Tensor) -> Tensor:
+        y = x * 1
+        qkrope.norm_rope_groups_(y, groups, torch.arange(5))
+        return y
+
+    x = torch.randn(2, 5, 64 + 3 * 16 + 7)
+    got = torch.compile(function, backend=graphs, fullgraph=True)(x)
+    assert graphs.ours() == ["qkrope.qk_norm_rope_.default"] * 2
+    assert torch.equal(got, function(x)) and not torch.equal(got, x)
 
 
 def test_token_counts_are_symbols() -> None:

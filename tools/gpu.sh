@@ -3,7 +3,7 @@
 # scikit-build-core, cuda-core and cuda-bindings. It needs no network: wheels that python3 lacks
 # (apache-tvm-ffi) are taken from the folder .whl, if there is one.
 #
-#   tools/gpu.sh [build] [test] [bench] [bars] [sanitize]      no argument: build test bench
+#   tools/gpu.sh [build] [test] [bench] [bars] [host] [sanitize]      no argument: build test bench
 #
 # Environment: OUT (default build/out) receives the full logs; QKROPE_COMMIT names the commit in
 # bench records where there is no git checkout; PYTEST_ARGS, BENCH_ARGS are passed on.
@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 out=${OUT:-build/out}
 python=${GPU_PYTHON:-python3}
 mkdir -p "$out"
-rm -f "$out"/{build,test,bench,bars,sanitize}.log
+rm -f "$out"/{build,test,bench,bars,host,sanitize}.log
 export QKROPE_COMMIT=${QKROPE_COMMIT:-$(git rev-parse --short=12 -q --verify HEAD 2>/dev/null || echo unknown)}
 export PYTHONUNBUFFERED=1
 summary=()
@@ -56,6 +56,10 @@ bars() {
   run bars bars.log "$python" -m qkrope.bench.bars --out "$out/bars.jsonl" ${BARS_ARGS:-}
 }
 
+host() {
+  run host host.log "$python" -m qkrope.bench.host --out "$out/host.jsonl"
+}
+
 # Only our kernels are instrumented. Torch's caching allocator is off, so that each tensor is an
 # allocation of its own and a read past its end is seen. Memory that torch's own kernels wrote
 # counts as uninitialised under initcheck: -m sanitize tests copy their inputs from the host.
@@ -90,9 +94,10 @@ for step in "$@"; do
     test) tests ;;
     bench) bench ;;
     bars) bars ;;
+    host) host ;;
     sanitize) sanitize ;;
     *)
-      echo "unknown step '$step'; got '$*', expected build, test, bench, bars or sanitize" >&2
+      echo "unknown step '$step'; got '$*', expected build, test, bench, bars, host or sanitize" >&2
       exit 2
       ;;
   esac

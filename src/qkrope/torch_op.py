@@ -82,7 +82,8 @@ def _flat(
         if name not in Extras.__annotations__:
             raise TypeError(f"{name}: expected a keyword of qkrope.qk_norm_rope, got this one")
     more = {name: value for name, value in extras.items() if name not in ("cos_sin", "out")}
-    more.update(zip(_TABLES, _tables(extras.get("cos_sin")), strict=True))
+    sides = (True, True) if len(inputs) == 1 else (inputs[0] is not None, inputs[1] is not None)
+    more.update(zip(_TABLES, _tables(extras.get("cos_sin"), sides), strict=True))
     if (out := extras.get("out")) is not None:
         more.update(zip(_OUT, pair("out", out, 3 if len(out) == 3 else 2), strict=False))
     for name in _SCALES:
