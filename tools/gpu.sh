@@ -3,7 +3,8 @@
 # scikit-build-core, cuda-core and cuda-bindings. It needs no network: wheels that python3 lacks
 # (apache-tvm-ffi) are taken from the folder .whl, if there is one.
 #
-#   tools/gpu.sh [build] [test] [bench] [bars] [peers] [sanitize]     no argument: build test bench
+#   tools/gpu.sh [build] [test] [bench] [bars] [host] [peers] [grid] [ncu] [sanitize]
+#                                                       no argument: build test bench
 #
 # Environment: OUT (default build/out) receives the full logs; QKROPE_COMMIT names the commit in
 # bench records where there is no git checkout; PYTEST_ARGS, BENCH_ARGS, BARS_ARGS, PEERS_ARGS are
@@ -14,7 +15,7 @@ cd "$(dirname "$0")/.."
 out=${OUT:-build/out}
 python=${GPU_PYTHON:-python3}
 mkdir -p "$out"
-rm -f "$out"/{build,test,bench,bars,peers,sanitize}.log
+rm -f "$out"/{build,test,bench,bars,host,peers,grid,ncu,sanitize}.log
 export QKROPE_COMMIT=${QKROPE_COMMIT:-$(git rev-parse --short=12 -q --verify HEAD 2>/dev/null || echo unknown)}
 export PYTHONUNBUFFERED=1
 summary=()
@@ -67,6 +68,23 @@ peers() {
     ${PEERS_ARGS:---baselines eager --shape Qwen3-8B --shape FLUX.1 --tokens 1,64,256,1024,4096,16384}
 }
 
+host() {
+  run host host.log "$python" -m qkrope.bench.host --out "$out/host.jsonl"
+}
+
+# The scan behind the rules of rows and warps.
+grid() {
+  run grid grid.log "$python" -m qkrope.bench.bars --grid --out "$out/grid.jsonl" ${GRID_ARGS:-}
+}
+
+# DRAM throughput and occupancy of one call of 16384 tokens, and of torch's copy of 1 GiB.
+ncu() {
+  run ncu ncu.log command ncu --clock-control none --metrics \
+    dram__bytes.sum.per_second,dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread \
+    --kernel-name 'regex:qkrope_|vectorized_elementwise|copy' --launch-skip 0 --print-summary per-kernel \
+    "$python" tools/ncu_case.py
+}
+
 # Only our kernels are instrumented. Torch's caching allocator is off, so that each tensor is an
 # allocation of its own and a read past its end is seen. Memory that torch's own kernels wrote
 # counts as uninitialised under initcheck: -m sanitize tests copy their inputs from the host.
@@ -101,10 +119,13 @@ for step in "$@"; do
     test) tests ;;
     bench) bench ;;
     bars) bars ;;
+    host) host ;;
     peers) peers ;;
+    grid) grid ;;
+    ncu) ncu ;;
     sanitize) sanitize ;;
     *)
-      echo "unknown step '$step'; got '$*', expected build, test, bench, bars, peers or sanitize" >&2
+      echo "unknown step '$step'; got '$*', expected steps of the list at the top" >&2
       exit 2
       ;;
   esac
