@@ -77,11 +77,11 @@ grid() {
   run grid grid.log "$python" -m qkrope.bench.bars --grid --out "$out/grid.jsonl" ${GRID_ARGS:-}
 }
 
-# DRAM throughput and occupancy of one call of 16384 tokens, and of torch's copy of 1 GiB.
+# DRAM throughput and occupancy of one call of 16384 tokens, and of torch's negation of 1 GiB.
 ncu() {
   run ncu ncu.log command ncu --clock-control none --metrics \
     dram__bytes.sum.per_second,dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread \
-    --kernel-name 'regex:qkrope_|vectorized_elementwise|copy' --launch-skip 0 --print-summary per-kernel \
+    --kernel-name 'regex:qkrope_|vectorized_elementwise' --print-summary per-kernel \
     "$python" tools/ncu_case.py
 }
 
