@@ -29,6 +29,7 @@ import qkrope
 
 from . import first_call, timing
 from .errors import compare, exact_and_terms
+from .driver import function, load, ok
 from .machine import environment
 
 CALLS = 50  # in a row, from an empty queue: a queue holds a thousand, so no call waits for the GPU
@@ -84,8 +85,7 @@ def driver_calls(device: int) -> Calls:
     from ..cuda.compile import _nvrtc, arch_name
 
     cubin, _ = _nvrtc(NOTHING, arch_name(*torch.cuda.get_device_capability(device)))
-    torch.cuda.synchronize(device)  # makes torch's context current
-    function = _ok(driver.cuModuleGetFunction(_ok(driver.cuModuleLoadData(cubin)), b"nothing"))
+    nothing = function(load(device, cubin), "nothing")
     values = (ctypes.c_longlong * _ARGUMENTS)()
     first, size = ctypes.addressof(values), ctypes.sizeof(ctypes.c_longlong)
     packed = (ctypes.c_void_p * _ARGUMENTS)(*range(first, first + size * _ARGUMENTS, size))
@@ -100,18 +100,12 @@ def driver_calls(device: int) -> Calls:
     config.attrs, config.numAttrs = [attribute], 1
     at, null = ctypes.addressof(packed), driver.CUstream(0)
     calls = {
-        DRIVER: partial(driver.cuLaunchKernel, function, 1, 1, 1, 128, 1, 1, 0, null, at, 0),
-        DRIVER_PDL: partial(driver.cuLaunchKernelEx, config, function, at, 0),
+        DRIVER: partial(driver.cuLaunchKernel, nothing, 1, 1, 1, 128, 1, 1, 0, null, at, 0),
+        DRIVER_PDL: partial(driver.cuLaunchKernelEx, config, nothing, at, 0),
     }
     for call in calls.values():
-        _ok(call())
+        ok(call())
     return calls
-
-
-def _ok(result: tuple[Any, ...]) -> Any:
-    if int(result[0]) != 0:
-        raise RuntimeError(f"CUDA driver: got {result[0]!r}, expected CUDA_SUCCESS")
-    return result[1] if len(result) > 1 else None
 
 
 def torch_calls(device: str) -> Calls:
