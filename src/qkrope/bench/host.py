@@ -28,8 +28,8 @@ import torch
 import qkrope
 
 from . import first_call, timing
-from .errors import compare, exact_and_terms
 from .driver import function, load, ok
+from .errors import compare, exact_and_terms
 from .machine import environment
 
 CALLS = 50  # in a row, from an empty queue: a queue holds a thousand, so no call waits for the GPU
