@@ -161,6 +161,5 @@ typedef struct {
 #define QK_PASSES(head_dim) (QK_LANE_UNITS(head_dim) <= 1 ? 4 : 2)
 // The groups of a warp are side by side on tokens, or (fewer rows) on the heads of one token.
 #define QK_ON_TOKENS(head_dim, rows) ((rows) == QK_PASSES(head_dim))
-#define QK_BLOCK_WARPS 8  // at most
 
 #endif
