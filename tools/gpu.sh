@@ -7,8 +7,8 @@
 #                                                       no argument: build test bench
 #
 # Environment: OUT (default build/out) receives the full logs; QKROPE_COMMIT names the commit in
-# bench records where there is no git checkout; PYTEST_ARGS, BENCH_ARGS, BARS_ARGS, PEERS_ARGS are
-# passed on; PEERS (default peers) is the folder that tools/fetch_peers.py filled.
+# bench records where there is no git checkout; PYTEST_ARGS, BENCH_ARGS, BARS_ARGS, PEERS_ARGS,
+# SANITIZE_ARGS are passed on; PEERS (default peers) is the folder that tools/fetch_peers.py filled.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -92,15 +92,25 @@ sanitize() {
   local filter=(--kernel-name kns=qkrope_ --error-exitcode 9 --print-limit 20
     --report-api-errors no --launch-timeout 60)
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 TORCHINDUCTOR_COMPILE_THREADS=1
-  local tool extra
-  for tool in memcheck initcheck synccheck; do
+  local tool extra jobs=() start=$SECONDS
+  for tool in memcheck initcheck synccheck; do  # side by side: they wait for the host, not the GPU
     extra=()
     [[ $tool == initcheck ]] && extra=(--check-api-memory-access no)
-    run "$tool" sanitize.log compute-sanitizer --tool "$tool" "${filter[@]}" "${extra[@]}" \
-      "$python" -m pytest -p no:cacheprovider -p no:xdist -m "sanitize and gpu" ${PYTEST_ARGS:-}
+    compute-sanitizer --tool "$tool" "${filter[@]}" "${extra[@]}" "$python" -m pytest \
+      -p no:cacheprovider -p no:xdist -m "sanitize and gpu" ${SANITIZE_ARGS:-} \
+      >"$out/$tool.log" 2>&1 &
+    jobs+=("$tool:$!")
+  done
+  for job in "${jobs[@]}"; do
+    tool=${job%%:*}
+    if wait "${job##*:}"; then verdict=ok; else verdict="rc=$?" failed=1; fi
+    note "$tool" "$verdict" $((SECONDS - start)) \
+      "$(grep -E 'passed|failed' "$out/$tool.log" | tail -n 1); $(tail -n 1 "$out/$tool.log")"
+    cat "$out/$tool.log" >>"$out/sanitize.log"
+    rm "$out/$tool.log"
   done
   # A clean report proves nothing if the filter matches nothing: this one must not be clean.
-  local start=$SECONDS
+  start=$SECONDS
   compute-sanitizer --tool initcheck --check-api-memory-access no "${filter[@]}" \
     "$python" tools/planted_fault.py uninitialised >>"$out/sanitize.log" 2>&1
   if (($? == 9)); then
