@@ -20,6 +20,10 @@ I16, I32, I64 = torch.int16, torch.int32, torch.int64
 SPEC = Spec(2, 1, 8, rope=Rope(dim=4))
 NO_NORM = replace(SPEC, norm=Norm(kind="none"))
 NO_ROPE = replace(SPEC, rope=None)
+ROW = replace(SPEC, norm=Norm(scope="row"))
+PART = replace(SPEC, norm=Norm(dim=6))
+V_NORM = replace(SPEC, v_norm=Norm())
+AXES = replace(SPEC, rope=Rope(dim=4, mrope_section=(1, 1)))
 UNPACKED = pytest.mark.parametrize("call", [qkrope.qk_norm_rope, qkrope.qk_norm_rope_])
 
 Args = dict[str, Any]

@@ -8,6 +8,7 @@ range in test_cuda.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,12 +20,15 @@ from torch import Tensor
 import qkrope
 from cases import bits
 from qkrope.spec import DynamicNTK, Norm, Rope
+from qkrope.variant import unsupported
 from refusals import (
+    AXES,
     FP64,
     I64,
     NO_ROPE,
     SPEC,
     UNPACKED,
+    V_NORM,
     Row,
     good,
     keep_plans,
@@ -81,11 +85,18 @@ k=n(3, 1, 8, dtype=I16)             | T | k | the dtype of q (bfloat16) | got in
 """
 
 WEIGHTS = """
-q_weight=n(4)                   | V | q_weight | shape [8], got [4]
-q_weight=n(2, 8)                | V | q_weight | shape [8], got [2, 8]
-q_weight=n(16)                  | V | q_weight | shape [8], got [16]
-k_weight=n(1, 8)                | V | k_weight | shape [8], got [1, 8]
-k_weight=n()                    | V | k_weight | shape [8], got []
+q_weight=n(4)                   | V | q_weight | shape [8] or [2, 8], got [4]
+q_weight=n(1, 8)                | V | q_weight | shape [8] or [2, 8], got [1, 8]
+q_weight=n(2, 4)                | V | q_weight | shape [8] or [2, 8], got [2, 4]
+q_weight=n(2, 1, 8)             | V | q_weight | shape [8] or [2, 8], got [2, 1, 8]
+q_weight=n(16)                  | V | q_weight | shape [8] or [2, 8], got [16]
+k_weight=n(2, 8)                | V | k_weight | shape [8] or [1, 8], got [2, 8]
+k_weight=n()                    | V | k_weight | shape [8] or [1, 8], got []
+q_weight=n(2, 16)[:, ::2]       | V | q_weight | stride 1, got 2
+spec=ROW, q_weight=n(8)[:4]     | V | q_weight | shape [8], [16] or [2, 8], got [4]
+spec=ROW, k_weight=n(16)        | V | k_weight | shape [8], [8] or [1, 8], got [16]
+spec=PART                       | V | q_weight | shape [6] or [2, 6], got [8]
+spec=PART, q_weight=n(6)        | V | k_weight | shape [6] or [1, 6], got [8]
 q_weight=n(8, dtype=FP64)       | T | q_weight | float32, bfloat16 or float16 | got float64
 k_weight=n(8, dtype=I64)        | T | k_weight | float32, bfloat16 or float16 | got int64
 q_weight=n(16)[::2]             | V | q_weight | stride 1, got 2
@@ -122,7 +133,16 @@ cos_sin=(None, None)                         | T | cos_sin | two tensors | got N
 cos_sin=(n(3, 8), n(3, 8))                   | V | cos | of 2 (one value a pair) or 4 | [3, 8]
 cos_sin=(n(), n())                           | V | cos | a last dimension of 2 | got shape []
 cos_sin=(n(4, 2), n(4, 2))                   | V | cos | broadcast to [3] of q | got shape [4, 2]
-cos_sin=(n(3, 1, 2), n(3, 1, 2))             | V | cos | broadcast to [3] of q | got shape [3, 1, 2]
+cos_sin=(n(3, 4, 2), n(3, 4, 2))             | V | cos | each of the 2 heads of q | [3, 4, 2]
+cos_sin=(n(3, 2, 2), n(3, 2, 2))             | V | cos | each of the 1 heads of k | [3, 2, 2]
+cos_sin=(n(4, 1, 2), n(4, 1, 2))             | V | cos | broadcast to [3] of q | got shape [4, 1, 2]
+cos_sin=(n(1, 3, 1, 2), n(3, 1, 2))          | V | cos | broadcast to [3] of q | [1, 3, 1, 2]
+cos_sin=((n(3, 2),) * 2, None)               | T | cos_sin[1] | two tensors | got None
+cos_sin=((n(3, 2),) * 2, n(3, 2))            | T | cos_sin[1] | a pair, got Tensor
+cos_sin=((n(3, 2), None), (n(3, 2),) * 2)    | T | cos_sin[0] | two tensors | got None
+cos_sin=((n(3, 2),) * 2, (n(3, 2), n(2, 2))) | V | k sin | broadcast to [3] of k | got shape [2, 2]
+cos_sin=((n(3, 2),) * 2, (n(3, 3),) * 2)     | V | k cos | of 2 (one value a pair) or 4 | [3, 3]
+cos_sin=((n(3, 2),) * 3, (n(3, 2),) * 2)     | T | cos_sin[0] | a pair | a tuple of 3
 cos_sin=(n(3, 2), n(2, 2))                   | V | sin | broadcast to [3] of q | got shape [2, 2]
 cos_sin=(n(3, 4), n(3, 2))                   | V | sin | of 4 like cos, got 2
 cos_sin=(n(3, 2, dtype=FP64),) * 2           | T | cos | float32 or the dtype of q | got float64
@@ -147,8 +167,41 @@ spec=NO_ROPE, inv_freq=n(2, dtype=FP32)      | V | inv_freq | expected None | sp
 """
 
 THE_REST = """
-q_bias=n(8)                         | V | q_bias | expected None | qkrope.reference does
-k_bias=n(8)                         | V | k_bias | expected None | got a bias
+q_bias=n(4)                         | V | q_bias | shape [8] or [2, 8], got [4]
+k_bias=n(2, 8)                      | V | k_bias | shape [8] or [1, 8], got [2, 8]
+q_bias=n(8, dtype=FP64)             | T | q_bias | float32, bfloat16 or float16 | got float64
+k_bias=n(16)[::2]                   | V | k_bias | stride 1, got 2
+q_bias="x"                          | T | q_bias | a tensor or None, got a str
+spec=NO_NORM, q_weight=None, k_weight=None, q_bias=n(8) | V | q_bias | expected None | "none"
+q_scale="x"                         | T | q_scale | a finite number | got 'x'
+q_scale=True                        | T | q_scale | a finite number | got True
+k_scale=float("inf")                | V | k_scale | a finite number | got inf
+k_scale=1e39                        | V | k_scale | that float32 can hold | got 1e+39
+q_scale=n(3, 1, 1, dtype=FP64)      | T | q_scale | float32 or the dtype of q | got float64
+q_scale=n(2, 1, 1, dtype=FP32)      | V | q_scale | broadcasts to [3, 2, 8] of q, got [2, 1, 1]
+q_scale=n(1, 3, 1, 1, dtype=FP32)   | V | q_scale | broadcasts to [3, 2, 8] of q, got [1, 3, 1, 1]
+k_scale=n(4, dtype=FP32)            | V | k_scale | broadcasts to [3, 1, 8] of k, got [4]
+q_scale=torch._neg_view(n(1))       | V | q_scale | memory holds its values | resolve_neg()
+rotate_from=-1                      | V | rotate_from | an int in [0, 2147483648], got -1
+rotate_from=1.0                     | T | rotate_from | an int | got 1.0
+rotate_from=None                    | T | rotate_from | an int | got None
+rotate_from=4                       | V | rotate_from, rotate_to | the 3 tokens of q, got [4, 3)
+rotate_to=4                         | V | rotate_from, rotate_to | the 3 tokens of q, got [0, 4)
+rotate_from=2, rotate_to=1          | V | rotate_from, rotate_to | the 3 tokens of q, got [2, 1)
+spec=NO_ROPE, rotate_from=1         | V | rotate_from | expected None | spec.rope is None
+spec=NO_ROPE, rotate_to=3           | V | rotate_to | expected None | spec.rope is None
+rotate_from=1, cos_sin=(n(3, 2), n(3, 2)) | V | cos | broadcast to [2] of q | got shape [3, 2]
+v=n(3, 1, 8)                        | V | v | expected None | no v_norm
+v_weight=n(8)                       | V | v_weight | expected None | without a v
+spec=V_NORM, v_weight=n(8)          | V | v_weight | expected None | without a v
+spec=V_NORM, v=n(3, 2, 8)           | V | v | [..., 1 heads, 8 head_dim] | got [3, 2, 8]
+spec=V_NORM, v=n(3, 1, 8, dtype=FP32) | T | v | the dtype of q (bfloat16) | got float32
+spec=V_NORM, v=n(3, 1, 8), v_weight=n(4) | V | v_weight | shape [8] or [1, 8], got [4]
+spec=V_NORM, v=[1.0]                | T | v | tensor | got
+spec=AXES                           | V | positions | shape [2 axes, ...], got [3]
+spec=AXES, positions=n(3, 3, dtype=I64) | V | positions | shape [2 axes, ...], got [3, 3]
+spec=AXES, positions=n(2, 4, dtype=I64) | V | positions | broadcast to [3] of q | got shape [4]
+norm=1                              | T | norm | a keyword of qkrope.qk_norm_rope | got
 seq_len=0                           | V | seq_len | an int in [1, 2147483648] | got 0
 seq_len=-5                          | V | seq_len | an int in [1, 2147483648] | got -5
 seq_len=8.0                         | T | seq_len | an int | got 8.0
@@ -195,19 +248,23 @@ qkv=None                      | T | qkv | a torch tensor, got NoneType
 qkv=[1.0]                     | T | qkv | a torch tensor, got list
 qkv=n(3, 32).to("meta")       | V | qkv | a cpu or cuda tensor, got meta
 qkv=fake(3, 32)               | T | qkv | memory of its own, got FakeTensor
-q_weight=n(6)                 | V | q_weight | shape [8], got [6]
+q_weight=n(6)                 | V | q_weight | shape [8] or [2, 8], got [6]
 q_weight="x"                  | T | q_weight | a tensor or None, got a str
 k_weight=2.5                  | T | k_weight | a tensor or None, got a float
 positions=None                | V | positions | int32 or int64 tensor, got None
 positions=n(4, dtype=I64)     | V | positions | broadcast to [3] of q | got shape [4]
 positions=(None, n(3, dtype=I64)) | T | positions | (q_positions, k_positions) | got None
 spec="x"                      | T | spec | a qkrope.Spec, got str
-q_bias=n(8)                   | V | q_bias | expected None
+q_bias=n(4)                   | V | q_bias | shape [8] or [2, 8], got [4]
+v=n(3, 1, 8)                  | V | v | expected None in a packed call | got a tensor
+spec=V_NORM                   | V | qkv | of (2 + 1 + 1) * 8 = 32 | has a v_norm, got 40
+spec=V_NORM, qkv=n(3, 24)     | V | qkv | of (2 + 1 + 1) * 8 = 32 | has a v_norm, got 24
+v_weight=n(8)                 | V | v_weight | expected None | without a v
 out=(n(3, 2, 8), n(3, 2, 8))  | V | out[1] | shape [3, 1, 8] of k, got [3, 2, 8]
 """)
 def test_a_wrong_argument_of_the_packed_call(device: str, row: Row) -> None:
     n = maker(device)
-    args = packed({**good(n), **row.apply(n)}, n(3, 32))
+    args = packed({**good(n), **row.apply(n)}, n(3, 40))
     refuses(qkrope.qkv_norm_rope_, {**args, **row.apply(n)}, row.error, row.name, *row.texts)
 
 
@@ -249,6 +306,7 @@ def test_a_pair_with_something_that_is_no_tensor(call: Callable[..., Any], name:
     refuses(call, args, TypeError, name, "expected a tensor or None, got a str")
 
 
+# On CUDA alone: the CPU kernels run every Spec.
 UNSUPPORTED = {
     "norm.kind='layer'": replace(SPEC, norm=Norm(kind="layer")),
     "norm.kind='l2'": replace(SPEC, norm=Norm(kind="l2")),
@@ -257,20 +315,56 @@ UNSUPPORTED = {
     "k_norm.scope='row'": replace(SPEC, k_norm=Norm(scope="row")),
     "order='rope_first'": replace(SPEC, order="rope_first"),
     "rounding='eager'": replace(SPEC, rounding="eager"),
+    "norm.dim=4": replace(SPEC, norm=Norm(dim=4)),
+    "v_norm='rms'": V_NORM,
+    "rope.offset=2": replace(SPEC, rope=Rope(dim=4, offset=2)),
+    "rope.reverse=True": replace(SPEC, rope=Rope(dim=4, reverse=True)),
+    "rope.pairing='block_half'": replace(SPEC, rope=Rope(dim=4, pairing="block_half")),
+    r"rope.mrope_section=\(1, 1\)": AXES,
 }
 
 
 @pytest.mark.parametrize("value", UNSUPPORTED)
-def test_a_spec_that_no_kernel_runs(device: str, value: str) -> None:
-    args = {**good(maker(device)), "spec": UNSUPPORTED[value]}
-    with pytest.raises(ValueError, match=f"^spec: {value} is not run by .*qkrope.reference runs"):
-        qkrope.qk_norm_rope(**args)
-    before = snapshot(args)
+def test_a_spec_that_only_the_cpu_runs(value: str) -> None:
+    spec = UNSUPPORTED[value]
+    assert unsupported(spec, "cpu") is None
+    assert re.fullmatch(value, unsupported(spec, "cuda") or "")
+    qkrope.warmup(spec, device="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", UNSUPPORTED)
+def test_a_spec_that_no_cuda_kernel_runs(cuda: str, value: str) -> None:
+    spec = UNSUPPORTED[value]
+    args = {**good(maker(cuda)), "spec": spec}
+    args["positions"] = args["positions"].expand(spec.position_axes or 1, 3)
+    if spec.q_norm.dim:
+        args |= {"q_weight": None, "k_weight": None}
+    for call in (qkrope.qk_norm_rope, qkrope.qk_norm_rope_):
+        before = snapshot(args)
+        with pytest.raises(ValueError, match=f"^spec: {value} is not run by .*qkrope.reference"):
+            call(**args)
+        assert all(torch.equal(a, b) for a, b in zip(before, snapshot(args), strict=True))
     with pytest.raises(ValueError, match=f"^spec: {value} is not run"):
-        qkrope.qk_norm_rope_(**args)
-    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(args), strict=True))
-    with pytest.raises(ValueError, match=f"^spec: {value} is not run"):
-        qkrope.warmup(UNSUPPORTED[value], device=device)
+        qkrope.warmup(spec, device=cuda)
+
+
+@pytest.mark.gpu
+@UNPACKED
+@table("""
+q_bias=n(8)                         | V | q_bias | got a value, which only the cpu
+k_bias=n(1, 8)                      | V | k_bias | got a value, which only the cpu
+q_weight=n(2, 8)                    | V | q_weight | a row for each head, which only the cpu
+q_scale=2.0                         | V | q_scale | got a value, which only the cpu
+k_scale=n(3, 1, 1)                  | V | k_scale | got a value, which only the cpu
+rotate_from=1                       | V | rotate_from | got a value, which only the cpu
+rotate_to=2                         | V | rotate_to | got a value, which only the cpu
+cos_sin=((n(3, 2),) * 2,) * 2       | V | cos_sin | tables for q and k apart
+k=None, cos_sin=(n(3, 2, 2),) * 2   | V | cos_sin | a row for each head
+""")
+def test_a_call_that_no_cuda_kernel_runs(cuda: str, call: Callable[..., Any], row: Row) -> None:
+    n = maker(cuda)
+    refuses(call, {**good(n), **row.apply(n)}, row.error, row.name, *row.texts)
 
 
 def test_warmup_arguments() -> None:

@@ -14,6 +14,7 @@ _LAZY = {
     "qk_norm_rope": "ops",
     "qk_norm_rope_": "ops",
     "qkv_norm_rope_": "ops",
+    "norm_rope_groups_": "ops_groups",
     "warmup": "ops",
     "Group": "groups",
     "grid_positions": "grid",
@@ -21,7 +22,7 @@ _LAZY = {
     "fused_qk_norm_rope_out": "compat",
     "can_use_fused_qk_norm_rope": "compat",
 }
-_MODULES = ("reference", "ops", "compat", "angles", "bench", "config", "models")
+_MODULES = ("reference", "ops", "compat", "angles", "bench", "config", "models", "torch_op")
 
 __all__ = [
     "NTK",

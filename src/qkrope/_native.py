@@ -37,17 +37,13 @@ def entry(release_gil: bool) -> Any:
     return function
 
 
-_OPERANDS = (
-    *("qkv", "q", "k", "q_weight", "k_weight", "positions", "positions[1]"),
-    *("cos", "sin", "cos_sin_cache", "inv_freq", "out[0]", "out[1]"),
-)
-
-
 def refuse_foreign(operands: tuple[Any, ...], error: RuntimeError) -> None:
     """Names the tensor, if there is one, that torch could not describe to native code."""
     import torch
 
-    for name, x in zip(_OPERANDS, operands[1:], strict=False):
+    from .extras import OPERANDS
+
+    for name, x in zip(OPERANDS, operands[1:], strict=False):
         if not isinstance(x, torch.Tensor):
             continue
         if x.device.type not in ("cpu", "cuda"):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import threading
+from array import array
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from . import _native, angles
 from ._limits import integer
+from .norm import Norm
+from .rope import PAIRINGS, Rope
 from .scaling import MAX_LENGTH
 from .spec import Spec
-from .variant import NORMS, PAIRINGS, unsupported
+from .variant import NORM_LETTERS, NORMS, TURN_LETTERS, is_general, unsupported
 
 _lock = threading.Lock()
 _by_value: dict[tuple[Spec, angles.Angles], Plan] = {}
@@ -22,31 +27,45 @@ class Plan:
     __slots__ = ("handle", "spec")
 
     def __init__(self, spec: Spec, resolved: angles.Angles) -> None:
-        reason = unsupported(spec)
-        if reason is not None:
-            raise ValueError(
-                f"spec: {reason} is not run by the cpu or cuda kernels of this release; "
-                "qkrope.reference runs every Spec"
-            )
-        q, k = spec.q_norm, spec.k_norm_resolved
+        ints, floats = _numbers(spec, resolved)
         words = angles.frac_words(resolved.inv_freq)
-        pairing = PAIRINGS.index(spec.rope.pairing) if spec.rope else 0
+        pairs = array("h", chain.from_iterable(_pairs(spec)))
         self.spec = spec
         self.handle = _native.lib().plan_new(
-            spec.num_q_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            spec.rotary_dim,
-            pairing,
-            NORMS.index(q.kind),
-            NORMS.index(k.kind),
-            float(q.eps),
-            float(q.weight_offset),
-            float(k.eps),
-            float(k.weight_offset),
-            float(resolved.attention_factor),
-            words.buffer_info()[0],
+            *(numbers.buffer_info()[0] for numbers in (ints, floats, words, pairs)),
+            unsupported(spec, "cuda") or "",
         )
+
+
+def _numbers(spec: Spec, resolved: angles.Angles) -> tuple[array[int], array[float]]:
+    """What plan_new of native/bindings.c reads, in its order."""
+    rope, v_norm = spec.rope or Rope(), spec.v_norm or Norm("none")
+    ints = [spec.num_q_heads, spec.num_kv_heads, spec.v_norm is not None]
+    ints += [spec.head_dim, spec.rotary_dim, PAIRINGS.index(rope.pairing)]
+    ints += [spec.order == "rope_first", rope.reverse, spec.position_axes, is_general(spec)]
+    floats = [resolved.attention_factor]
+    q_letters, k_letters = spec.roundings
+    for norm, letters in (
+        (spec.q_norm, q_letters),
+        (spec.k_norm_resolved, k_letters),
+        (v_norm, k_letters),
+    ):
+        parts = norm.parts(spec.head_dim)
+        rest = parts[-1].norm if len(parts) > 1 else Norm("none")
+        norm_letter, turn_letter = letters or ("", "")
+        ints += [NORMS.index(norm.kind), norm.scope == "row", parts[0].stop]
+        ints += [NORMS.index(rest.kind), norm.weight_dim(spec.head_dim)]
+        ints += [NORM_LETTERS.index(norm_letter), TURN_LETTERS.index(turn_letter)]
+        floats += [norm.eps, norm.weight_offset, rest.eps, rest.weight_offset]
+    return array("i", ints), array("f", floats)
+
+
+def _pairs(spec: Spec) -> Iterator[tuple[int, ...]]:
+    """The qk_pair of native/params.h, pair by pair."""
+    written = sorted(chain.from_iterable(spec.output_pairs))
+    entry = {channel: i for i, channel in enumerate(written)}  # of a table with one a channel
+    for read, write, axis in zip(spec.pairs, spec.output_pairs, spec.pair_axes, strict=True):
+        yield (*read, *write, entry[write[0]], entry[write[1]], axis)
 
 
 def plan_of(spec: Spec, seq_len: int | None = None) -> Plan:

@@ -65,7 +65,7 @@ def warmup(
 def _variant(
     spec: Spec, dtype: torch.dtype, weight_dtype: torch.dtype | None, angle: str
 ) -> Variant:
-    reason = unsupported(spec)
+    reason = unsupported(spec, "cuda")
     if reason is not None:
         raise ValueError(f"spec: {reason} is not run by the kernels of this release")
     name = dtype_name("dtype", dtype)

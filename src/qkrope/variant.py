@@ -4,41 +4,57 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .spec import MAX_HEAD_DIM, Rope, Spec
+from .rope import PAIRINGS
+from .spec import MAX_HEAD_DIM, Spec
 
 DTYPES = ("float32", "bfloat16", "float16")  # by the numbers of params.h
 ANGLES = ("none", "phase", "table", "inv_freq")
-PAIRINGS = ("half", "interleaved")
-NORMS = ("none", "rms")
+NORMS = ("none", "rms", "layer", "l2")
+NORM_LETTERS = ("", "A", "B", "C")  # of Spec.rounding; "": once
+TURN_LETTERS = ("", "b", "h", "f")
 
 
-def unsupported(spec: Spec) -> str | None:
-    """Names the first value of ``spec`` that no kernel runs yet, or None.
+def unsupported(spec: Spec, backend: str) -> str | None:
+    """Names the first value of ``spec`` that a backend's kernels ("cpu", "cuda") do not run yet, or
+    None. The CPU ones run every Spec.
 
-    ``Rope.freq_dim`` runs: it is in the frequencies alone.
+    ``Rope.freq_dim`` runs everywhere: it is in the frequencies alone.
+    """
+    if backend == "cpu":
+        return None
+    if spec.v_norm is not None:
+        return f"v_norm={spec.v_norm.kind!r}"
+    if spec.rope is not None and spec.rope.reverse:
+        return "rope.reverse=True"
+    return _beyond_plain(spec)
+
+
+def is_general(spec: Spec) -> bool:
+    """Whether this Spec takes the general CPU kernel: qk_variant.general of native/params.h."""
+    return _beyond_plain(spec) is not None
+
+
+def _beyond_plain(spec: Spec) -> str | None:
+    """What is more than a norm of each head, "rms" or "none", and then a rotation of its leading
+    channels, rounded once.
     """
     for side, norm in (("norm", spec.q_norm), ("k_norm", spec.k_norm_resolved)):
-        if norm.kind not in NORMS:
+        if norm.kind not in ("none", "rms"):
             return f"{side}.kind={norm.kind!r}"
         if norm.kind != "none" and norm.scope != "head":
             return f"{side}.scope={norm.scope!r}"
         if norm.dim is not None:
             return f"{side}.dim={norm.dim!r}"
-    if spec.v_norm is not None:
-        return f"v_norm={spec.v_norm.kind!r}"
     if spec.order != "norm_first":
         return f"order={spec.order!r}"
     if spec.rounding != "once":
         return f"rounding={spec.rounding!r}"
-    return None if spec.rope is None else _unsupported_rope(spec.rope)
-
-
-def _unsupported_rope(rope: Rope) -> str | None:
-    if rope.pairing not in PAIRINGS:
-        return f"rope.pairing={rope.pairing!r}"
-    names = ("offset", "pair_distance", "reverse", "output_pairing", "mrope_section", "axes_dim")
-    for name in names:
-        if value := getattr(rope, name):
+    if spec.rope is None:
+        return None
+    if spec.rope.pairing not in ("half", "interleaved"):
+        return f"rope.pairing={spec.rope.pairing!r}"
+    for name in ("offset", "pair_distance", "output_pairing", "mrope_section", "axes_dim"):
+        if value := getattr(spec.rope, name):
             return f"rope.{name}={value!r}"
     return None
 
@@ -106,9 +122,13 @@ class Variant:
         return 8 if held == 1 and self.dtype != "float32" else 16
 
     @property
-    def layouts(self) -> tuple[str, ...]:
-        """The kernels of this variant: the fast one, and the one for rows of any alignment."""
-        return ("vector", "scalar") if self.vector_bytes else ("scalar",)
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels of this variant: the fast ones by the heads a group of lanes serves, and the
+        one for rows of any alignment.
+        """
+        if not self.vector_bytes:
+            return ("scalar",)
+        return ("vector1", "vector2", *(("vector4",) if self.lane_units == 1 else ()), "scalar")
 
     def macros(self) -> str:
         """The variant as the preprocessor lines that precede kernel.cu."""

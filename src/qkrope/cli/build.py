@@ -144,7 +144,7 @@ def _variants(args: argparse.Namespace, out: Output) -> list[Variant]:
 
     found: dict[Variant, None] = {}
     for spec in _specs(args, out):
-        if reason := unsupported(spec):
+        if reason := unsupported(spec, "cuda"):
             raise UsageError(f"spec: no kernel runs {reason}")
         for dtype in args.dtype or ["bfloat16"]:
             for angle in args.angles or ["phase"]:
@@ -162,5 +162,5 @@ def _plain(built: CompiledVariant) -> dict[str, Any]:
         "cached": built.cached,
         "path": str(built.path) if built.path else None,
         "bytes": len(built.cubin),
-        "kernels": {n: dataclasses.asdict(used) for n, used in built.resources.items()},
+        "kernels": {n: used._asdict() for n, used in built.resources.items()},
     }

@@ -69,32 +69,46 @@ static int return_text(TVMFFIAny* result, const char* text) {
   return TVMFFIStringFromByteArray(&bytes, result);
 }
 
-// plan_new(nq, nk, head_dim, rotary_dim, pairing, q_norm, k_norm, q_eps, q_offset, k_eps, k_offset,
-//          attention_factor, address of int32[rotary_dim] = lo, hi, lo, hi, ...) -> plan
+static void* copy_of(const TVMFFIAny* address, size_t bytes) {
+  void* copy = malloc(bytes ? bytes : 1);
+  if (copy && bytes) memcpy(copy, (const void*)(uintptr_t)address->v_int64, bytes);
+  return copy;
+}
+
+// plan_new(addresses of int32[10 + 3 * 7], float[13], qk_frac[rotary_dim / 2] and
+//          qk_pair[rotary_dim / 2]; what no CUDA kernel runs of the Spec, or "") -> plan
+// int32: nq, nk, has_v, head_dim, rotary_dim, pairing, rope_first, reverse, axes, general, then the
+// qk_side_variant of q, k and v. float: attention_factor, then the qk_norm_numbers of q, k and v.
 FUNCTION(plan_new) {
   (void)self;
-  if (n != 13) return qk_raise("TypeError", "plan_new: expected 13 arguments, got %d", n);
+  if (n != 5) return qk_raise("TypeError", "plan_new: expected 5 arguments, got %d", n);
   qk_plan* plan = (qk_plan*)calloc(1, sizeof *plan);
   if (!plan) return qk_raise("MemoryError", "plan_new: out of memory");
-  plan->num_q_heads = (int)args[0].v_int64;
-  plan->num_kv_heads = (int)args[1].v_int64;
-  plan->variant.head_dim = (int)args[2].v_int64;
-  plan->variant.rotary_dim = (int)args[3].v_int64;
-  plan->variant.pairing = (int)args[4].v_int64;
-  plan->variant.q_norm = (int)args[5].v_int64;
-  plan->variant.k_norm = (int)args[6].v_int64;
-  plan->q_eps = (float)args[7].v_float64;
-  plan->q_offset = (float)args[8].v_float64;
-  plan->k_eps = (float)args[9].v_float64;
-  plan->k_offset = (float)args[10].v_float64;
-  plan->attention_factor = (float)args[11].v_float64;
-  plan->num_frac = plan->variant.rotary_dim / 2;
-  size_t bytes = plan->num_frac * sizeof(qk_frac);
-  plan->frac = (qk_frac*)malloc(bytes ? bytes : 1);
-  if (!plan->frac) return qk_raise("MemoryError", "plan_new: out of memory");
-  if (bytes) memcpy(plan->frac, (const void*)(uintptr_t)args[12].v_int64, bytes);
+  const int* ints = (const int*)(uintptr_t)args[0].v_int64;
+  const float* floats = (const float*)(uintptr_t)args[1].v_int64;
+  qk_variant* v = &plan->variant;
+  int* to[] = {&plan->num_q_heads, &plan->num_kv_heads, &plan->has_v, &v->head_dim, &v->rotary_dim,
+               &v->pairing,        &v->rope_first,      &v->reverse,  &v->axes,     &v->general};
+  qk_side_variant* sides[] = {&v->q, &v->k, &v->v};
+  qk_norm_numbers* numbers[] = {&plan->q, &plan->k, &plan->v};
+  for (int i = 0; i < 10; ++i) *to[i] = *ints++;
+  plan->attention_factor = *floats++;
+  for (int i = 0; i < 3; ++i, ints += 7, floats += 4) {
+    memcpy(sides[i], ints, sizeof *sides[i]);
+    memcpy(numbers[i], floats, sizeof *numbers[i]);
+  }
+  plan->num_frac = v->rotary_dim / 2;
+  plan->frac = (qk_frac*)copy_of(&args[2], plan->num_frac * sizeof(qk_frac));
+  plan->pairs = (qk_pair*)copy_of(&args[3], plan->num_frac * sizeof(qk_pair));
+  const char* no_cuda = text_arg(&args[4]);
+  if (*no_cuda) plan->no_cuda = strdup(no_cuda);
+  if (!plan->frac || !plan->pairs || (*no_cuda && !plan->no_cuda))
+    return qk_raise("MemoryError", "plan_new: out of memory");
   return return_int(result, (int64_t)(uintptr_t)plan);
 }
+_Static_assert(sizeof(qk_side_variant) == 7 * sizeof(int), "as plan.py writes it");
+_Static_assert(sizeof(qk_norm_numbers) == 4 * sizeof(float), "as plan.py writes it");
+_Static_assert(sizeof(qk_pair) == 7 * sizeof(short), "as plan.py writes it");
 
 static int run_cpu(qk_checked* checked) {
   qk_frac fracs[QK_MAX_HEAD_DIM / 2];
@@ -104,7 +118,7 @@ static int run_cpu(qk_checked* checked) {
     if (!p->tokens) continue;
     if (p->inv_freq) {
       qk_fracs_of_inv_freq(p->inv_freq, p->inv_freq_dtype == QK_F64, p->inv_freq_step,
-                           checked->variant.rotary_dim / 2, fracs);
+                           checked->variant.reverse, checked->variant.rotary_dim / 2, fracs);
       p->frac = fracs;
     }
     if (qk_cpu_run(&checked->variant, p))
@@ -113,29 +127,64 @@ static int run_cpu(qk_checked* checked) {
   return 0;
 }
 
+// A tensor, or a number, or None for 1.
+static int scale_arg(const char* name, const TVMFFIAny* arg, const DLTensor** out, float* scale) {
+  *scale = 1.0f;
+  if (arg->type_index == kTVMFFIFloat || arg->type_index == kTVMFFIInt) {
+    double value = arg->type_index == kTVMFFIFloat ? arg->v_float64 : (double)arg->v_int64;
+    *scale = (float)value;
+    if (*scale - *scale == 0.0f) return 0;
+    return qk_raise("ValueError", "%s: expected a finite number that float32 can hold, got %g",
+                    name, value);
+  }
+  if (arg->type_index == kTVMFFINone || arg->type_index == kTVMFFIDLTensorPtr ||
+      arg->type_index == kTVMFFITensor)
+    return tensor_arg(name, arg, out);
+  return qk_raise("TypeError", "%s: expected a number, a tensor or None, got %s", name,
+                  type_name(arg->type_index));
+}
+
 // qk_norm_rope(plan, flags, qkv, q, k, q_weight, k_weight, positions
-//              [, k_positions, cos, sin, cos_sin_cache, inv_freq, q_out, k_out]) -> the
-// answer of qk_cuda_run. flags: 1 = nothing on this stream can have written the weights.
+//              [, k_positions, cos, sin, cos_sin_cache, inv_freq, q_out, k_out
+//               [, q_bias, k_bias, k_cos, k_sin, v, v_weight, v_out, q_scale, k_scale,
+//                rotate_from, rotate_to]]) -> the answer of qk_cuda_run.
+// flags: 1 = nothing on this stream can have written the weights; 2 = check and do nothing.
+// rotate_to: -1 = to the end.
 FUNCTION(qk_norm_rope) {
   (void)self;
   static const char* names[] = {
-      "qkv",          "q",   "k",   "q_weight",      "k_weight", "positions",
-      "positions[1]", "cos", "sin", "cos_sin_cache", "inv_freq", "out[0]",
-      "out[1]"};
+      "qkv",          "q",      "k",      "q_weight",      "k_weight", "positions",
+      "positions[1]", "cos",    "sin",    "cos_sin_cache", "inv_freq", "out[0]",
+      "out[1]",       "q_bias", "k_bias", "k cos",         "k sin",    "v",
+      "v_weight",     "out[2]"};
   qk_call call;
   memset(&call, 0, sizeof call);
   const DLTensor** slots[] = {
-      &call.qkv,         &call.q,           &call.k,    &call.q_weight, &call.k_weight,
-      &call.q_positions, &call.k_positions, &call.cos,  &call.sin,      &call.cos_sin_cache,
-      &call.inv_freq,    &call.q_out,       &call.k_out};
-  if (n < 8 || n > 15) return qk_raise("TypeError", "qk_norm_rope: got %d arguments", n);
+      &call.qkv,         &call.q,           &call.k,     &call.q_weight, &call.k_weight,
+      &call.q_positions, &call.k_positions, &call.cos,   &call.sin,      &call.cos_sin_cache,
+      &call.inv_freq,    &call.q_out,       &call.k_out, &call.q_bias,   &call.k_bias,
+      &call.k_cos,       &call.k_sin,       &call.v,     &call.v_weight, &call.v_out};
+  enum { PLAIN = 8, ANGLES = 15, ALL = 26, TENSORS = 22 };
+  if ((n < PLAIN || n > ANGLES) && n != ALL)
+    return qk_raise("TypeError", "qk_norm_rope: got %d arguments", n);
   qk_plan* plan = (qk_plan*)(uintptr_t)args[0].v_int64;
   call.plan = plan;
   call.early_weights = args[1].v_int64 & 1;
-  for (int i = 2; i < n; ++i)
+  for (int i = 2; i < n && i < TENSORS; ++i)
     if (tensor_arg(names[i - 2], &args[i], slots[i - 2])) return -1;
+  call.q_scale = call.k_scale = 1.0f;
+  call.rotate_to = -1;
+  if (n == ALL) {
+    const TVMFFIAny* rest = args + TENSORS;
+    if (scale_arg("q_scale", &rest[0], &call.q_scale_of, &call.q_scale) ||
+        scale_arg("k_scale", &rest[1], &call.k_scale_of, &call.k_scale))
+      return -1;
+    call.rotate_from = rest[2].v_int64;
+    call.rotate_to = rest[3].v_int64;
+  }
   qk_checked checked;
   if (qk_check(&call, &checked)) return -1;
+  if (args[1].v_int64 & 2) return return_int(result, 0);
   long long answer = 0;
   if (checked.device_type == kDLCPU) {
     if (run_cpu(&checked)) return -1;
@@ -164,20 +213,29 @@ FUNCTION(cuda_bind) {
   return return_int(result, 0);
 }
 
-// passes(heads, most, warps at one head a group, num_sms): the grid rule, for its test.
-FUNCTION(passes) {
+// rows(tokens, q heads, k heads, head_dim, bytes an element, num_sms), block_warps(warps, head_dim,
+// rows, num_sms): the rules of the grid, for their tests.
+FUNCTION(rows) {
   (void)self;
-  if (n != 4) return qk_raise("TypeError", "passes: expected 4 arguments, got %d", n);
-  return return_int(result, qk_passes((int)args[0].v_int64, (int)args[1].v_int64, args[2].v_int64,
-                                      (int)args[3].v_int64));
+  if (n != 6) return qk_raise("TypeError", "rows: expected 6 arguments, got %d", n);
+  return return_int(result,
+                    qk_rows(args[0].v_int64, (int)args[1].v_int64, (int)args[2].v_int64,
+                            (int)args[3].v_int64, (int)args[4].v_int64, (int)args[5].v_int64));
 }
 
-// force_grid(passes, warps a block, groups on tokens): overrides the grid rule while the bench
-// tries alternatives; (0, 0, -1) is the rule again.
+FUNCTION(block_warps) {
+  (void)self;
+  if (n != 4) return qk_raise("TypeError", "block_warps: expected 4 arguments, got %d", n);
+  return return_int(result, qk_block_warps(args[0].v_int64, (int)args[1].v_int64,
+                                           (int)args[2].v_int64, (int)args[3].v_int64));
+}
+
+// force_grid(rows, warps a block): overrides the rules while the bench tries alternatives; (0, 0)
+// is the rules again.
 FUNCTION(force_grid) {
   (void)self;
-  if (n != 3) return qk_raise("TypeError", "force_grid: expected 3 arguments, got %d", n);
-  qk_force_grid((int)args[0].v_int64, (int)args[1].v_int64, (int)args[2].v_int64);
+  if (n != 2) return qk_raise("TypeError", "force_grid: expected 2 arguments, got %d", n);
+  qk_force_grid((int)args[0].v_int64, (int)args[1].v_int64);
   return return_int(result, 0);
 }
 

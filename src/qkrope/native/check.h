@@ -5,8 +5,11 @@
 #include "plan.h"
 #include "view.h"
 
+enum { Q, K, V, SIDES };
+
 typedef struct {
-  qk_view q, k, q_out, k_out;  // [leading..., heads, head_dim]
+  int has[SIDES];
+  qk_view in[SIDES], out[SIDES];  // [leading..., heads, head_dim]
   int device_type, device_id;
   const DLTensor* first;  // the tensor the others must agree with, and its name
   const char* first_name;
@@ -17,16 +20,19 @@ int qk_dtype_of(DLDataType t);  // QK_F32 and so on, or -1
 
 // Each returns 0, or -1 with an error raised that names the argument.
 int qk_float_dtype(const char* name, const DLTensor* t, int* dtype);
+int qk_like_dtype(const operands* o, const char* name, const DLTensor* t, int dtype, int* out);
 int qk_on_device(const operands* o, const char* name, const DLTensor* t);
 
-// check_angles.c: fill what the angles of one part come from; `stride` walks the leading
-// dimensions.
-int qk_check_positions(const operands* o, const char* name, const DLTensor* t, const qk_view* to,
-                       int required, qk_params* p, long long* stride);
-int qk_check_table(const operands* o, const char* name, const DLTensor* t, const qk_view* to,
-                   int rotary, int dtype, qk_params* p, const void** data, long long* step,
+// check_sides.c: q, k and v, where they go, and what belongs to one of them.
+int qk_check_sides(const qk_call* c, operands* o, int* dtype);
+int qk_check_side(const qk_call* c, const operands* o, int side, qk_variant* v, qk_side* to);
+int qk_check_scale(const qk_call* c, const operands* o, int side, int dtype, qk_side* to,
                    long long* stride);
-int qk_check_cache(const operands* o, const DLTensor* t, int rotary, int dtype, qk_params* p);
-int qk_check_inv_freq(const operands* o, const DLTensor* t, int rotary, qk_params* p);
+int qk_check_memory(const qk_call* c, const operands* o);
+
+// check_angles.c: all that the angles of one part come from. `lead` is the first of its sides;
+// pos, cos and sin get their strides along the leading dimensions.
+int qk_check_angles(const qk_call* c, const operands* o, const int* sides, const qk_view* lead,
+                    int dtype, qk_params* p, long long* pos, long long* cos, long long* sin);
 
 #endif

@@ -1,6 +1,6 @@
-// cpu_avx2.cpp: the kernel for AVX2, FMA and F16C.
-#include "cpu_kernel.h"
+// cpu_avx2.cpp: the kernels for AVX2, FMA and F16C.
 #include "cpu_levels.h"
+#include "cpu_run.h"
 #include "cpu_simd_avx2.h"
 
 void qk::run_avx2(const qk_variant& v, const qk_params& p, long long begin, long long end) {

@@ -1,6 +1,6 @@
-// cpu_avx512.cpp: the kernel for AVX-512 F, BW, VL and DQ.
-#include "cpu_kernel.h"
+// cpu_avx512.cpp: the kernels for AVX-512 F, BW, VL and DQ.
 #include "cpu_levels.h"
+#include "cpu_run.h"
 #include "cpu_simd_avx512.h"
 
 void qk::run_avx512(const qk_variant& v, const qk_params& p, long long begin, long long end) {

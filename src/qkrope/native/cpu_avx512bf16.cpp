@@ -1,6 +1,6 @@
-// cpu_avx512bf16.cpp: the kernel for AVX-512 with BF16.
-#include "cpu_kernel.h"
+// cpu_avx512bf16.cpp: the kernels for AVX-512 with BF16.
 #include "cpu_levels.h"
+#include "cpu_run.h"
 #include "cpu_simd_avx512.h"
 
 void qk::run_avx512bf16(const qk_variant& v, const qk_params& p, long long begin, long long end) {

@@ -110,7 +110,7 @@ int qk_cpu_run(const qk_variant* variant, const qk_params* params) {
   if (!level) return -1;
 #ifdef _OPENMP
   // Always the whole pool, which is torch's: a smaller team would make libgomp end threads.
-  if (p.tokens >= 2 && p.tokens * (p.q.heads + p.k.heads) >= kParallelHeads &&
+  if (p.tokens >= 2 && p.tokens * (p.q.heads + p.k.heads + p.v.heads) >= kParallelHeads &&
       omp_get_max_threads() > 1 && !__atomic_load_n(&pool_lost, __ATOMIC_RELAXED)) {
     __atomic_store_n(&pool_started, 1, __ATOMIC_RELAXED);
 #pragma omp parallel

@@ -1,4 +1,6 @@
-// cpu_kernel.h: the CPU kernel, written once over V, the vectors of one instruction set.
+// cpu_kernel.h: the CPU kernel of what most models do, written once over V, the vectors of one
+// instruction set; the others' is in cpu_general.h. No norm or "rms" of each head, one weight for
+// all heads, then a rotation of the leading channels, "half" or "interleaved".
 //
 // A token is handled in three steps: the angles of its pairs; per side, the weights folded with
 // them into the four factors of a rotation; then, head by head, the sum of squares and the
@@ -38,6 +40,8 @@ class Kernel {
   static constexpr int kPairs = QK_MAX_HEAD_DIM / 2 + kBlock;
   static constexpr int kChannels = QK_MAX_HEAD_DIM + kBlock;
   static constexpr int kBatch = 4;  // heads whose statistics are finished together
+  enum { kQx, kQy, kKx, kKy, kPos, kCos, kSin, kWalks };
+  using Tokens = Cursor<kWalks>;
 
   struct Side {
     const qk_side* args;
@@ -69,29 +73,33 @@ class Kernel {
         pairs_(blocks(kInterleaved ? rotary_ : half_)),
         rest_(blocks(v.head_dim - rotary_)),
         pair_vectors_(pairs_.count() * kVectors) {
-    set_side(sides_[0], p.q, v.q_norm, v.q_weight_dtype);
-    set_side(sides_[1], p.k, v.k_norm, v.k_weight_dtype);
+    set_side(sides_[0], p.q, v.q.norm, v.q_weight_dtype);
+    set_side(sides_[1], p.k, v.k.norm, v.k_weight_dtype);
     if (v.angle == QK_ANGLE_PHASE) set_frac();
   }
 
   void run(long long begin, long long end) {
-    Cursor cursor(variant_, params_, begin), ahead = cursor;
+    const qk_params& p = params_;
+    const long long bytes = p.pos_wide ? 8 : 4, table = size_of(p.table_dtype);
+    const Walk walks[] = {
+        {p.q.heads ? p.q.x_dim : nullptr, kSize}, {p.q.heads ? p.q.y_dim : nullptr, kSize},
+        {p.k.heads ? p.k.x_dim : nullptr, kSize}, {p.k.heads ? p.k.y_dim : nullptr, kSize},
+        {p.pos ? p.pos_dim : nullptr, bytes},     {p.cos ? p.cos_dim : nullptr, table},
+        {p.sin ? p.sin_dim : nullptr, table}};
+    Tokens cursor(p, walks, begin), ahead = cursor;
     for (long long token = begin; token < end; token++, cursor = ahead) {
       if (token + 1 < end) ahead.next();
       int position = 0;
-      if (params_.pos) __builtin_memcpy(&position, at(params_.pos, cursor.at[Cursor::kPos]), 4);
+      if (p.pos) __builtin_memcpy(&position, at(p.pos, cursor.at[kPos]), 4);
       if (variant_.angle == QK_ANGLE_TABLE) read_angles(cursor, position);
       if (variant_.angle != QK_ANGLE_NONE) fold(position);
-      run_side(sides_[0], cursor.at + Cursor::kQx, ahead.at[Cursor::kQx]);
-      run_side(sides_[1], cursor.at + Cursor::kKx, ahead.at[Cursor::kKx]);
+      run_side(sides_[0], cursor.at + kQx, ahead.at[kQx]);
+      run_side(sides_[1], cursor.at + kKx, ahead.at[kKx]);
     }
   }
 
  private:
   static Blocks blocks(int channels) { return {channels / kBlock, channels % kBlock}; }
-  static const char* at(const void* base, long long bytes) {
-    return static_cast<const char*>(base) + bytes;
-  }
 
   // ---- once a call ----
 
@@ -105,7 +113,7 @@ class Kernel {
     s.low = args.eps >= 0x1p-90f ? 0.0f : 0x1p-80f;
     const int dim = variant_.head_dim;
     if (args.weight) {
-      read_row(args.weight, weight_type, 1, dim);
+      read_floats<V>(args.weight, weight_type, 1, dim, row_);
       for (int i = 0; i < dim; i += N)
         V::store(row_ + i, effective_weight(V::load(row_ + i), F(args.weight_offset)));
     } else {
@@ -130,25 +138,6 @@ class Kernel {
   }
 
   // ---- rows of weights and tables ----
-
-  // Entries of any type to floats in row_. Every NaN becomes the one whose low half is zero, which
-  // V's rounding to bfloat16 counts on.
-  void read_row(const void* from, int type, long long step, int count) {
-    const char* p = static_cast<const char*>(from);
-    const long long size = size_of(type);
-    int i = 0;
-    for (; step == 1 && i + N <= count; i += N) {
-      F v = type == QK_F32    ? V::template widen<QK_F32>(p + i * size)
-            : type == QK_BF16 ? V::template widen<QK_BF16>(p + i * size)
-                              : V::template widen<QK_F16>(p + i * size);
-      V::store(row_ + i, V::canonical(v));
-    }
-    for (; i < count; i++) {
-      float v = load_float(p + i * step * size, type);
-      row_[i] = v == v ? v : __builtin_nanf("");
-    }
-    clear_after(count);
-  }
 
   void clear_after(int count) {
     for (int i = 0; i < kBlock; i++) row_[count + i] = 0;
@@ -182,13 +171,14 @@ class Kernel {
 
   // ---- once a token ----
 
-  void read_angles(const Cursor& cursor, int position) {
+  void read_angles(const Tokens& cursor, int position) {
     const qk_params& p = params_;
     const long long size = size_of(p.table_dtype), row = p.table_rows > 0 ? position : 0;
     for (int i = 0; i < 2; i++) {
-      const char* from = i ? at(p.sin, cursor.at[Cursor::kSin] + row * p.sin_row * size)
-                           : at(p.cos, cursor.at[Cursor::kCos] + row * p.cos_row * size);
-      read_row(from, p.table_dtype, i ? p.sin_step : p.cos_step, p.table_full ? rotary_ : half_);
+      const char* from = i ? at(p.sin, cursor.at[kSin] + row * p.sin_row * size)
+                           : at(p.cos, cursor.at[kCos] + row * p.cos_row * size);
+      const int count = p.table_full ? rotary_ : half_;
+      read_floats<V>(from, p.table_dtype, i ? p.sin_step : p.cos_step, count, row_);
       if (kInterleaved && !p.table_full) duplicate();
       arrange_pairs(row_, p.table_full ? row_ + half_ : row_, angle_ + i * N, 4, 2);
     }
@@ -360,22 +350,6 @@ class Kernel {
     V::template store2<kType, kInterleaved, kPart>(y, n, e, o);
   }
 };
-
-// The entry of one instruction set: tokens [begin, end) of a call.
-template <class V, int kType>
-void run_typed(const qk_variant& v, const qk_params& p, long long begin, long long end) {
-  if (v.pairing == QK_INTERLEAVED)
-    Kernel<V, kType, QK_INTERLEAVED>(v, p).run(begin, end);
-  else
-    Kernel<V, kType, QK_HALF>(v, p).run(begin, end);
-}
-
-template <class V>
-void run_tokens(const qk_variant& v, const qk_params& p, long long begin, long long end) {
-  if (v.dtype == QK_F32) return run_typed<V, QK_F32>(v, p, begin, end);
-  if (v.dtype == QK_BF16) return run_typed<V, QK_BF16>(v, p, begin, end);
-  run_typed<V, QK_F16>(v, p, begin, end);
-}
 
 }  // namespace
 }  // namespace qk

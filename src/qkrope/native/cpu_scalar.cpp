@@ -1,6 +1,6 @@
-// cpu_scalar.cpp: the kernel for the baseline of the target.
-#include "cpu_kernel.h"
+// cpu_scalar.cpp: the kernels for the baseline of the target.
 #include "cpu_levels.h"
+#include "cpu_run.h"
 #include "cpu_simd_portable.h"
 
 void qk::run_scalar(const qk_variant& v, const qk_params& p, long long begin, long long end) {

@@ -26,6 +26,7 @@ struct Int8 {
 
 inline Float8 mul(Float8 a, Float8 b) { return a.v * b.v; }
 inline Float8 add(Float8 a, Float8 b) { return a.v + b.v; }
+inline Float8 div(Float8 a, Float8 b) { return a.v / b.v; }
 inline Float8 neg(Float8 a) { return -a.v; }
 inline Float8 fma(Float8 a, Float8 b, Float8 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 
@@ -59,6 +60,28 @@ struct Avx2 {
   static F canonical(F a) {
     return _mm256_blendv_ps(a.v, F(__builtin_nanf("")).v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   }
+  static F gather(const float* p, const int* index) {
+    return _mm256_i32gather_ps(p, load_all(index), 4);
+  }
+  static F swap(F a) { return _mm256_permute_ps(a.v, 0xb1); }  // (a, b) -> (b, a)
+
+  using D = __m256d;
+  static void widen(F a, D& lo, D& hi) {
+    lo = _mm256_cvtps_pd(_mm256_castps256_ps128(a.v));
+    hi = _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1));
+  }
+
+  // Rounded to kType, nearest even, and back. A NaN has a zero lower half here and stays.
+  template <int kType>
+  static F round(F a) {
+    if (kType == QK_F32) return a;
+    if (kType == QK_F16) return _mm256_cvtph_ps(_mm256_cvtps_ph(a.v, 0));
+    __m256i w = _mm256_castps_si256(a.v);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(w, 16), _mm256_set1_epi32(1));
+    w = _mm256_add_epi32(w, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(0xffff0000)));
+  }
+
   static float wide_rstd(double x) { return qk::wide_rstd(x); }
   static int rstd(const F* sums, float dim, float eps, float low, float* out) {
     quad four[4];

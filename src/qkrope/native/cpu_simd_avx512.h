@@ -32,6 +32,7 @@ struct Int16 {
 
 inline Float16 mul(Float16 a, Float16 b) { return a.v * b.v; }
 inline Float16 add(Float16 a, Float16 b) { return a.v + b.v; }
+inline Float16 div(Float16 a, Float16 b) { return a.v / b.v; }
 inline Float16 neg(Float16 a) { return -a.v; }
 inline Float16 fma(Float16 a, Float16 b, Float16 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 
@@ -65,6 +66,28 @@ struct Avx512 {
     __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     return _mm512_mask_blend_ps(nan, a.v, F(__builtin_nanf("")).v);
   }
+  static F gather(const float* p, const int* index) {
+    return _mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4);
+  }
+  static F swap(F a) { return _mm512_permute_ps(a.v, 0xb1); }  // (a, b) -> (b, a)
+
+  using D = __m512d;
+  static void widen(F a, D& lo, D& hi) {
+    lo = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
+    hi = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+  }
+
+  // Rounded to kType, nearest even, and back. A NaN has a zero lower half here and stays.
+  template <int kType>
+  static F round(F a) {
+    if (kType == QK_F32) return a;
+    if (kType == QK_F16) return _mm512_cvtph_ps(_mm512_cvtps_ph(a.v, 0));
+    __m512i w = _mm512_castps_si512(a.v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(w, 16), _mm512_set1_epi32(1));
+    w = _mm512_add_epi32(w, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xffff0000)));
+  }
+
   static float wide_rstd(double x) { return qk::wide_rstd(x); }
   static int rstd(const F* sums, float dim, float eps, float low, float* out) {
     quad four[4];

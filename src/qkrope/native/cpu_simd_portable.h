@@ -29,6 +29,7 @@ struct Int4 {
 
 inline Float4 mul(Float4 a, Float4 b) { return a.v * b.v; }
 inline Float4 add(Float4 a, Float4 b) { return a.v + b.v; }
+inline Float4 div(Float4 a, Float4 b) { return a.v / b.v; }
 inline Float4 neg(Float4 a) { return -a.v; }
 // Two roundings where the machine has no fused form: a call to the C library for each would cost
 // more than all the rest, and the error bound has the room.
@@ -72,6 +73,20 @@ struct Portable {
   static void store(float* p, F a) { __builtin_memcpy(p, &a.v, 16); }
   static I load_bits(const float* p) { return raw<quad_bits>(p); }
   static F canonical(F a) { return select(a.v == a.v, a.v, F(__builtin_nanf("")).v); }
+  static F gather(const float* p, const int* i) { return quad{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}; }
+  static F swap(F a) { return quad{a.v[1], a.v[0], a.v[3], a.v[2]}; }  // (a, b) -> (b, a)
+
+  typedef double D __attribute__((vector_size(16)));
+  static void widen(F a, D& lo, D& hi) { lo = D{a.v[0], a.v[1]}, hi = D{a.v[2], a.v[3]}; }
+
+  // Rounded to kType, nearest even, and back. A NaN has a zero lower half here and stays.
+  template <int kType>
+  static F round(F a) {
+    if (kType == QK_F32) return a;
+    if (kType == QK_F16) return from_half(to_half(a));
+    return (quad)(to_bf16(a) & 0xffff0000u);
+  }
+
   static float wide_rstd(double x) { return qk::wide_rstd(x); }
   static int rstd(const F* sums, float dim, float eps, float low, float* out) {
     quad total = quad_totals(sums[0].v, sums[1].v, sums[2].v, sums[3].v);

@@ -1,4 +1,4 @@
-// cpu_tokens.h: walking the tokens of a call, and reading one element of any type.
+// cpu_tokens.h: walking the tokens of a call, and reading elements of any type.
 #ifndef QKROPE_CPU_TOKENS_H
 #define QKROPE_CPU_TOKENS_H
 
@@ -8,6 +8,10 @@ namespace qk {
 namespace {
 
 inline long long size_of(int type) { return type == QK_F32 ? 4 : 2; }
+
+inline const char* at(const void* base, long long bytes) {
+  return static_cast<const char*>(base) + bytes;
+}
 
 inline float bits_to_float(unsigned bits) {
   float value;
@@ -34,24 +38,46 @@ inline float load_float(const char* from, int type) {
   return sign ? -size : size;
 }
 
-// Where the token is that `index` counts to. Offsets are in bytes.
+// `count` entries of any type to floats, and zeros up to the end of the last 2N. Every NaN becomes
+// the one whose low half is zero, which V's rounding to bfloat16 counts on.
+template <class V>
+void read_floats(const void* from, int type, long long step, int count, float* to) {
+  constexpr int N = V::N;
+  const char* p = static_cast<const char*>(from);
+  const long long size = size_of(type);
+  int i = 0;
+  for (; step == 1 && i + N <= count; i += N) {
+    typename V::F v = type == QK_F32    ? V::template widen<QK_F32>(p + i * size)
+                      : type == QK_BF16 ? V::template widen<QK_BF16>(p + i * size)
+                                        : V::template widen<QK_F16>(p + i * size);
+    V::store(to + i, V::canonical(v));
+  }
+  for (; i < count; i++) {
+    float v = load_float(p + i * step * size, type);
+    to[i] = v == v ? v : __builtin_nanf("");
+  }
+  for (i = 0; i < 2 * N; i++) to[count + i] = 0;
+}
+
+// What of an operand depends on the token: strides in elements, and the bytes of an element. A
+// null `dim` stays where it is.
+struct Walk {
+  const long long* dim;
+  long long bytes;
+};
+
+// Where the token is that `index` counts to, in each of kWalks operands. Offsets are in bytes.
+template <int kWalks>
 class Cursor {
  public:
-  enum { kQx, kQy, kKx, kKy, kPos, kCos, kSin, kOffsets };
-  long long at[kOffsets] = {};
+  long long at[kWalks] = {};
 
-  Cursor(const qk_variant& v, const qk_params& p, long long token) : p_(&p) {
-    const long long* dims[kOffsets] = {p.q.x_dim, p.q.y_dim, p.k.x_dim, p.k.y_dim,
-                                       p.pos_dim, p.cos_dim, p.sin_dim};
-    const long long bytes = size_of(v.dtype), table = size_of(p.table_dtype);
-    const long long unit[kOffsets] = {bytes, bytes, bytes, bytes, p.pos_wide ? 8 : 4, table, table};
-    const bool used[kOffsets] = {p.q.heads > 0,    p.q.heads > 0,    p.k.heads > 0,   p.k.heads > 0,
-                                 p.pos != nullptr, p.cos != nullptr, p.sin != nullptr};
+  Cursor(const qk_params& p, const Walk (&walks)[kWalks], long long token) : p_(&p) {
     for (int d = p.ndim - 1; d >= 0; d--) {
       index_[d] = token % p.size[d];
       token /= p.size[d];
-      for (int i = 0; i < kOffsets; i++) {
-        step_[d][i] = used[i] ? dims[i][d] * unit[i] : 0;
+      for (int i = 0; i < kWalks; i++) {
+        step_[d][i] = walks[i].dim ? walks[i].dim[d] * walks[i].bytes : 0;
         at[i] += index_[d] * step_[d][i];
       }
     }
@@ -61,7 +87,7 @@ class Cursor {
     for (int d = p_->ndim - 1; d >= 0; d--) {
       bool wraps = ++index_[d] == p_->size[d];
       long long by = wraps ? 1 - p_->size[d] : 1;
-      for (int i = 0; i < kOffsets; i++) at[i] += by * step_[d][i];
+      for (int i = 0; i < kWalks; i++) at[i] += by * step_[d][i];
       if (!wraps) return;
       index_[d] = 0;
     }
@@ -70,7 +96,7 @@ class Cursor {
  private:
   const qk_params* p_;
   long long index_[QK_MAX_DIMS];
-  long long step_[QK_MAX_DIMS][kOffsets];
+  long long step_[QK_MAX_DIMS][kWalks];
 };
 
 }  // namespace

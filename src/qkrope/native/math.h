@@ -30,6 +30,7 @@ QK_FN int mul_high(int a, int b) { return __mulhi(a, b); }
 QK_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 QK_FN float mul(float a, float b) { return a * b; }
 QK_FN float add(float a, float b) { return a + b; }
+QK_FN float div(float a, float b) { return a / b; }
 QK_FN float neg(float a) { return -a; }
 QK_FN double dfma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 QK_FN double dmul(double a, double b) { return a * b; }
@@ -106,6 +107,22 @@ QK_FN void sincos_phase(I phase, F& s, F& c) {
 template <class F>
 QK_FN F effective_weight(F weight, F offset) {
   return add(weight, offset);
+}
+
+// The same with every operation rounded to T by R::round, as a chain of separate ones has it; each
+// is explicit, so that the bits hold on every machine. `by` is rstd, or the length to divide by.
+template <class R, class F>
+QK_FN F normalise_by_steps(F x, F mean, F by, bool divides, F weight) {
+  x = add(x, neg(mean));
+  return R::round(mul(R::round(divides ? div(x, by) : mul(x, by)), weight));
+}
+
+// One channel of a pair, x * c + partner * s, with or without rounded products; s has its sign.
+template <class R, class F>
+QK_FN F turn_by_steps(F x, F partner, F c, F s, bool round_products) {
+  x = mul(x, c), partner = mul(partner, s);
+  if (round_products) x = R::round(x), partner = R::round(partner);
+  return R::round(add(x, partner));
 }
 
 // The pair (a, b) turned by the angle of (c, s). Channels of a pair have an angle each only where a

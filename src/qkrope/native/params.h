@@ -5,11 +5,16 @@
 
 #define QK_MAX_DIMS 6         // leading dimensions left after coalescing
 #define QK_MAX_HEAD_DIM 1024  // twin of qkrope.spec.MAX_HEAD_DIM
+#define QK_MAX_AXES 4         // of positions; twin of qkrope.rope.MAX_AXES
 
 enum { QK_F32 = 0, QK_BF16 = 1, QK_F16 = 2, QK_F64 = 3 };
-enum { QK_HALF = 0, QK_INTERLEAVED = 1 };
-enum { QK_NORM_NONE = 0, QK_NORM_RMS = 1 };
+enum { QK_HALF = 0, QK_INTERLEAVED = 1, QK_BLOCK_HALF = 2 };
+enum { QK_NORM_NONE = 0, QK_NORM_RMS = 1, QK_NORM_LAYER = 2, QK_NORM_L2 = 3 };
 enum { QK_ANGLE_NONE = 0, QK_ANGLE_PHASE = 1, QK_ANGLE_TABLE = 2, QK_ANGLE_INV_FREQ = 3 };
+// Where a chain of separate operations rounds to the type of q and k: the letters of Spec.rounding,
+// of the norm and of the rotation. ONCE: nowhere but at the store.
+enum { QK_ROUND_ONCE = 0, QK_ROUND_A = 1, QK_ROUND_B = 2, QK_ROUND_C = 3 };
+enum { QK_TURN_ONCE = 0, QK_TURN_B = 1, QK_TURN_H = 2, QK_TURN_F = 3 };
 
 // One frequency as a 64-bit fraction of a turn, value = hi * 2^32 + lo with lo signed: the low word
 // is balanced so that one signed high multiply serves negative positions too.
@@ -17,31 +22,66 @@ typedef struct {
   int lo, hi;
 } qk_frac;
 
+// Pair j of a head: input channels a and b become output channels out_a and out_b, turned by
+// position[axis] * frac[j]. A table holds entry j for both, or (table_full) entry table_a for out_a
+// and table_b for out_b.
+typedef struct {
+  short a, b, out_a, out_b, table_a, table_b, axis;
+} qk_pair;
+
+// What the Spec says of one of q, k and v (v is never rotated).
+typedef struct {
+  int norm;        // QK_NORM_*
+  int row;         // one statistic for all heads of a token, else one a head
+  int dim;         // the leading channels that are normalised: head_dim, or fewer (then row is 0)
+  int rest;        // QK_NORM_* of the channels from dim on, by a statistic of their own
+  int weight_dim;  // channels that a weight or bias has: dim, or head_dim where rest is a norm
+  int round_norm, round_turn;  // QK_ROUND_*, QK_TURN_*: both ONCE or neither
+} qk_side_variant;
+
 // The compile-time knobs: macros of the same names on CUDA (QK_VARIANT_*), this struct on the CPU.
 typedef struct {
   int head_dim;
-  int rotary_dim;  // 0: no rotation; even, <= head_dim, the leading channels
-  int pairing;     // QK_HALF | QK_INTERLEAVED
-  int q_norm, k_norm;
-  int dtype;           // of q, k and the outputs
-  int q_weight_dtype;  // of the weights that are given
+  int rotary_dim;  // 0: no rotation; even, <= head_dim
+  int pairing;     // QK_HALF | QK_INTERLEAVED | QK_BLOCK_HALF
+  qk_side_variant q, k, v;
+  int rope_first;      // the rotated head is normalised
+  int reverse;         // turn by -position: frac has that sign, a caller's table or inv_freq not
+  int axes;            // of positions: 0, or pos_axis walks so many; qk_pair.axis says whose
+  int general;         // something here beyond a norm of a head, "rms" or "none", and a rotation of
+                       // its leading channels, rounded once
+  int dtype;           // of q, k, v and the outputs
+  int q_weight_dtype;  // of the weights that are given, else -1
   int k_weight_dtype;
+  int v_weight_dtype;
   int angle;
 } qk_variant;
 
-// q or k. Strides are in elements; the last dimension of x, y, weight has stride 1.
+// q, k or v. Strides are in elements; the last dimension of x, y, weight, bias has stride 1.
 typedef struct {
   const void* x;       // [size[0], ..., size[ndim-1], heads, head_dim]
   void* y;             // same shape; may be x itself
-  const void* weight;  // [head_dim]; null: all ones, and then no weight_offset
+  const void* weight;  // [weight_dim]; null: all ones, and then no weight_offset
   long long x_head, y_head;
   long long x_dim[QK_MAX_DIMS], y_dim[QK_MAX_DIMS];
   int heads;  // 0: this side is absent
   float eps, weight_offset;
+  // From here on: only where qk_params.general is set.
+  float rest_eps, rest_offset;       // of the channels from dim on
+  long long weight_head, bias_head;  // to the next head's row; 0: one row for all heads
+  const void* bias;                  // [weight_dim], added after the weight; null: none
+  int bias_dtype;
+  // Multiplies what the norm gives: scale, or where scale_of is not null its element at
+  // [token, head, channel] (any of these strides may be 0).
+  float scale;
+  const void* scale_of;
+  int scale_dtype;
+  long long scale_head, scale_channel, scale_dim[QK_MAX_DIMS];
 } qk_side;
 
 typedef struct {
-  qk_side q, k;
+  qk_side q, k, v;
+  int general;       // the variant's, or something that this call brings for q or k is general
   long long tokens;  // product of size[]
   long long size[QK_MAX_DIMS];
   int ndim;  // >= 1; size[0] is the outermost
@@ -50,7 +90,12 @@ typedef struct {
   int pos_wide;     // positions are int64 (else int32)
   const void* pos;  // also the row of a cos_sin_cache
   long long pos_dim[QK_MAX_DIMS];
-  const qk_frac* frac;  // [rotary_dim / 2]
+  long long pos_axis;    // to the position on the next axis, where the variant has axes
+  const qk_frac* frac;   // [rotary_dim / 2]
+  const qk_pair* pairs;  // [rotary_dim / 2]
+  // Tokens turn whose index along the last leading dimension as given, token % last_size, is in
+  // [rotate_from, rotate_to); the others are normalised only.
+  long long last_size, rotate_from, rotate_to;
   const void* inv_freq;
   long long inv_freq_step;
   int inv_freq_dtype;      // QK_F32 | QK_F64
@@ -63,6 +108,8 @@ typedef struct {
   const void* sin;
   long long cos_step, sin_step, cos_row, sin_row;
   long long cos_dim[QK_MAX_DIMS], sin_dim[QK_MAX_DIMS];
+  int table_heads;  // a row of the table for each head, cos_head and sin_head apart
+  long long cos_head, sin_head;
   int early_weights;  // CUDA: nothing on this stream can have written the weights
 } qk_params;
 
@@ -70,7 +117,7 @@ typedef struct {
 // ----------
 
 // Strides are in bytes. Blocks below q_slots in x serve q, the rest k. A group of lanes serves
-// `passes` heads of one token, one after the other.
+// `passes` heads of one token.
 typedef struct {
   const char* x;
   char* y;
@@ -87,8 +134,6 @@ typedef struct {
   const qk_frac* frac;
   unsigned tokens;
   int q_slots;
-  // Groups of a warp side by side on tokens, or (few tokens) on the heads of one token.
-  int groups_on_tokens;
   float attention_factor;
   int pos_wide, early_weights;
   int ndim;  // 1: the token strides above are all there is
@@ -114,6 +159,7 @@ typedef struct {
 #define QK_GROUPS(head_dim) (32 / QK_LANES(head_dim))
 // Heads a group has in flight at once, and so the most it serves.
 #define QK_PASSES(head_dim) (QK_LANE_UNITS(head_dim) <= 1 ? 4 : 2)
-#define QK_BLOCK_WARPS 4  // at most
+// The groups of a warp are side by side on tokens, or (fewer rows) on the heads of one token.
+#define QK_ON_TOKENS(head_dim, rows) ((rows) == QK_PASSES(head_dim))
 
 #endif

@@ -11,8 +11,9 @@ extern "C" {
 #endif
 
 // One loaded cubin.
+enum { QK_SCALAR = 3, QK_KERNELS = 4 };
 typedef struct {
-  void* function[2];  // vector (null where the variant has none), scalar: CUfunction
+  void* function[QK_KERNELS];  // CUfunction: vector of 1, 2, 4 rows (null: none), scalar
   int num_sms;
 } qk_kernels;
 
@@ -24,29 +25,42 @@ typedef struct qk_slot {
   const qk_frac* frac;  // the plan's table on that device
 } qk_slot;
 
+// The numbers of a Norm, and of its rest.
+typedef struct {
+  float eps, offset, rest_eps, rest_offset;
+} qk_norm_numbers;
+
 // What a Spec fixes. Plans live as long as the process: captured graphs point at their tables.
 typedef struct {
   int num_q_heads, num_kv_heads;
+  int has_v;           // the Spec has a v_norm
   qk_variant variant;  // dtypes and angle are filled in by each call
-  float q_eps, q_offset, k_eps, k_offset, attention_factor;
+  qk_norm_numbers q, k, v;
+  float attention_factor;
   int num_frac;
   qk_frac* frac;
+  qk_pair* pairs;       // as many as frac
+  const char* no_cuda;  // names what the CUDA kernels do not run of this Spec, or null
   qk_slot* slots;
 } qk_plan;
 
-// Null means not given. qkv excludes q and k.
+// Null means not given. qkv excludes q, k and v.
 typedef struct {
   const qk_plan* plan;
   const DLTensor *qkv, *q, *k, *q_weight, *k_weight, *q_positions, *k_positions;
   const DLTensor *cos, *sin, *cos_sin_cache, *inv_freq, *q_out, *k_out;
-  int out_of_place;  // 0: an absent output means the input's own memory
+  const DLTensor *q_bias, *k_bias, *q_scale_of, *k_scale_of, *k_cos, *k_sin;
+  const DLTensor *v, *v_weight, *v_out;
+  float q_scale, k_scale;
+  long long rotate_from, rotate_to;  // rotate_to < 0: to the end
   int early_weights;
 } qk_call;
 
-// A call as the kernels see it: one part, or two where q and k walk different tokens.
+// A call as the kernels see it: one part, or two where q and k walk different tokens or turn by
+// tables of their own, and one more where v walks the tokens of neither.
 typedef struct {
   qk_variant variant;
-  qk_params part[2];
+  qk_params part[3];
   int num_parts;
   int device_type, device_id;
 } qk_checked;
@@ -54,8 +68,10 @@ typedef struct {
 // check.c. 0, or -1 with a TypeError or ValueError raised that names argument, got and expected.
 int qk_check(const qk_call* call, qk_checked* out);
 
-// frac.cpp: n frequencies (float32 or float64, radians a position) as fractions of a turn.
-void qk_fracs_of_inv_freq(const void* inv_freq, int is_double, long long step, int n, qk_frac* out);
+// frac.cpp: n frequencies (float32 or float64, radians a position) as fractions of a turn, of the
+// turn back where `reverse` is set.
+void qk_fracs_of_inv_freq(const void* inv_freq, int is_double, long long step, int reverse, int n,
+                          qk_frac* out);
 
 // launcher.c
 // *answer: > 0, nothing ran and these kernels are to be bound first; 0; or -1 (unaligned rows) or
@@ -64,8 +80,9 @@ int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long 
 long long qk_slot_key(const qk_checked* call);
 qk_kernels* qk_cuda_load(int device, const void* cubin);
 int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
-void qk_force_grid(int passes, int warps, int on_tokens);
-int qk_passes(int heads, int most, long long warps, int num_sms);
+void qk_force_grid(int rows, int warps);
+int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms);
+int qk_block_warps(long long warps, int head_dim, int rows, int num_sms);
 
 // view.c
 int qk_raise(const char* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));
