@@ -38,7 +38,8 @@ static int make_part(const qk_call* c, const operands* o, const int* sides, qk_c
   qk_side* to[] = {&p->q, &p->k, &p->v};
   const qk_view* lead = &o->in[sides[Q] ? Q : sides[K] ? K : V];
   long long walks[WALKS][QK_RAW_DIMS];
-  memset(walks, 0, sizeof walks);
+  for (int i = 0; i < WALKS; ++i) memset(walks[i], 0, (lead->ndim - 2) * sizeof **walks);
+  memset(p, 0, sizeof *p);
   p->general = out->variant.general;
   for (int i = 0; i < SIDES; ++i) {
     if (!sides[i]) continue;
@@ -104,8 +105,8 @@ static int refuse_on_cuda(const qk_call* c, const qk_checked* out) {
 int qk_check(const qk_call* c, qk_checked* out) {
   const qk_plan* plan = c->plan;
   operands o;
-  memset(out, 0, sizeof *out);
   memset(&o.has, 0, sizeof o.has);
+  out->num_parts = 0;  // each part is cleared when it is made: most calls have one
   out->variant = plan->variant;
   qk_variant* v = &out->variant;
   if (qk_check_sides(c, &o, &v->dtype)) return -1;
