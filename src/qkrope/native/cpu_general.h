@@ -47,6 +47,7 @@ class General {
     int weight_type;
     bool turns, has_scale, normalises;
     bool weight_varies, scale_varies;  // from head to head
+    long long ahead;                   // bytes to the next token's x, fetched meanwhile
     alignas(64) float weight[kWidth], bias[kWidth], scale[kWidth];
   };
 
@@ -86,8 +87,11 @@ class General {
     }
     if (p.pos) walks[kPos] = {p.pos_dim, p.pos_wide ? 8 : 4};
     if (p.cos) walks[kCos] = {p.cos_dim, table}, walks[kSin] = {p.sin_dim, table};
-    Cursor<kWalks> cursor(p, walks, begin);
-    for (long long token = begin; token < end; token++, cursor.next()) {
+    Cursor<kWalks> cursor(p, walks, begin), next = cursor;
+    for (long long token = begin; token < end; token++, cursor = next) {
+      if (token + 1 < end) next.next();
+      for (int i = 0; i < kSides; i++)
+        sides_[i].ahead = next.at[3 * i + kX] - cursor.at[3 * i + kX];
       const long long index = token % p.last_size;
       turns_ = index >= p.rotate_from && index < p.rotate_to;
       const bool any = sides_[kQ].turns || sides_[kK].turns;
@@ -192,9 +196,11 @@ class General {
   void load(const Side& s, const long long* own, const long long* walk, int head, Row& row) {
     const char* x = at(s.args->x, own[kX] + head * s.args->x_head * kSize);
     const int dim = variant_.head_dim;
+    float* to = row.now;
     int i = 0;
-    for (; i + N <= dim; i += N) V::store(row.now + i, V::template widen<kType>(x + i * kSize));
-    for (; i < dim; i++) row.now[i] = load_float(x + i * kSize, kType);
+    for (int line = 0; line < dim * kSize; line += 64) __builtin_prefetch(x + s.ahead + line);
+    for (; i + N <= dim; i += N) V::store(to + i, V::template widen<kType>(x + i * kSize));
+    for (; i < dim; i++) to[i] = load_float(x + i * kSize, kType);
     if (s.turns && variant_.rope_first) turn(s, walk, head, row);
   }
 
@@ -288,8 +294,10 @@ class General {
     const int rounding = s.spec->round_norm;
     const bool steps = rounding == QK_ROUND_A || rounding == QK_ROUND_C, bias = s.args->bias;
     const F mean(statistic.mean), minus(-statistic.mean), by(statistic.by);
+    const float* from = row.now;
+    float* to = row.next;
     for (int i = begin; i < end; i += N) {
-      F x = V::load(row.now + i);
+      F x = V::load(from + i);
       const F weight = V::load(s.weight + i);
       if (kPlain || (norm != QK_NORM_NONE && !steps))
         x = mul(mul(add(x, minus), by), weight);
@@ -303,7 +311,7 @@ class General {
         x = mul(x, V::load(s.scale + i));
         if (rounding != QK_ROUND_ONCE) x = Round::round(x);
       }
-      V::store(row.next + i, x);
+      V::store(to + i, x);
     }
   }
 
