@@ -33,6 +33,16 @@ class Guarded:
         self.views.append(view)
         return view
 
+    def fill(self, view: Tensor, data: Tensor) -> None:
+        """Write data to one of the views, in one copy of the whole buffer from the host.
+
+        A strided copy on the device would be a kernel of torch's, whose writes compute-sanitizer's
+        initcheck does not see where it is limited to our kernels.
+        """
+        host = self.storage.cpu()
+        host.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(data)
+        self.storage.copy_(host)
+
     def outside(self) -> Tensor:
         """Bits of the buffer with the tensors blanked out."""
         copy = self.storage.clone()

@@ -214,7 +214,7 @@ class Recipe:
                 self.lead, ends[1] + others, spec.head_dim, "contiguous", self.dtype, device
             )
             qkv = whole.flatten(-2)
-            whole.copy_(torch.randn(whole.shape, generator=draw))
+            buffer.fill(whole, torch.randn(whole.shape, generator=draw))
             buffers = [buffer]
             q, k, v = (t for t in whole.tensor_split(ends, dim=-2))
             buffer.views = [q, k] if spec.v_norm is None else [q, k, v]
@@ -222,8 +222,8 @@ class Recipe:
             q_buffer, q = guarded(*_dims(q_data), self.layout, self.dtype, device)
             k_buffer, k = guarded(*_dims(k_data), self.layout, self.dtype, device)
             buffers = [q_buffer, k_buffer]
-        q.copy_(q_data)
-        k.copy_(k_data)
+        buffers[0].fill(q, q_data)
+        buffers[-1].fill(k, k_data)
         positions, extras = self._angle(k_lead, draw)
         self._options(k_lead, extras, draw)
         extras = _to(extras, device)
@@ -232,7 +232,7 @@ class Recipe:
             if v is None:
                 v_buffer, v = guarded(*_dims(v_data), self.layout, self.dtype, device)
                 buffers.append(v_buffer)
-            v.copy_(v_data)
+            buffers[-1].fill(v, v_data)
             extras["v"] = v
         return Call(
             spec,

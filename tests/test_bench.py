@@ -18,12 +18,10 @@ from qkrope.bench import (
     decades,
     errors,
     machine,
-    plots,
     records,
     runner,
     shapes,
     sweep,
-    tables,
     timing,
 )
 
@@ -204,8 +202,8 @@ def test_the_host_sweep_touches_q_and_k_alone(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("vec", sweep.WIDTHS)
-@pytest.mark.parametrize("pdl", [True, False])
-def test_the_device_sweep_compiles_without_a_gpu(pdl: bool, vec: int) -> None:
+@pytest.mark.parametrize("pdl", [0, 1, 2])
+def test_the_device_sweep_compiles_without_a_gpu(pdl: int, vec: int) -> None:
     pytest.importorskip("cuda.core", reason="the extra qkrope[cuda] is not installed")
     assert sweep.compile_sweep("sm_90", 640, vec, pdl)[:4] == b"\x7fELF"
 
@@ -350,19 +348,6 @@ def test_a_baseline_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert len(notes) == 1 and "eager not measured: RuntimeError: no such thing" in notes[0]
 
 
-def test_records_of_another_schema_are_refused(tmp_path: Path) -> None:
-    good = records.to_dict(record())
-    assert records.from_dict(good) == record()
-    with pytest.raises(ValueError, match="schema: got 99"):
-        records.from_dict(good | {"schema": 99})
-    with pytest.raises(ValueError, match="extra"):
-        records.from_dict(good | {"extra": 1})
-    path = tmp_path / "r.jsonl"
-    path.write_text(json.dumps(good) + "\n{}\n")
-    with pytest.raises(ValueError, match=r"r.jsonl:2"):
-        records.read(path)
-
-
 def test_commit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QKROPE_COMMIT", "feedface")
     records.commit.cache_clear()
@@ -371,47 +356,6 @@ def test_commit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     records.commit.cache_clear()
     assert records.commit()
     records.commit.cache_clear()
-
-
-def test_tables_take_the_newest_and_say_where_from(tmp_path: Path) -> None:
-    results = tmp_path / "results"
-    later = record(us=7.0, time="2026-02-02T00:00:00+00:00")
-    records.append(results / "a.jsonl", [later, record()])
-    gpu = record(device="cuda", device_name="a GPU", driver="580.1", cache="cold", threads=None)
-    records.append(results / "b.jsonl", [gpu])
-    page = tmp_path / "README.md"
-    page.write_text(
-        "before\n<!-- bench:cpu -->\nstale table\n<!-- /bench:cpu -->\nbetween\n"
-        "<!-- bench:cuda -->\n<!-- /bench:cuda -->\nafter\n"
-    )
-    arguments = [str(page), "--results", str(results)]
-    assert tables.main([*arguments, "--check"]) == 1
-    assert "stale" in page.read_text()
-    assert tables.main(arguments) == 0
-    text = page.read_text()
-    assert "| Qwen3-0.6B | 16/8/8 x 128 | 64 | 7 | 78.6 | 50% | 50.0x | 0.500 |" in text
-    assert "| 10 |" in text.split("between")[1] and "| cold |" in text
-    for fact in ("a processor (2 cores)", "avx2", "2 threads", "driver 580.1", "0123456789ab"):
-        assert fact in text
-    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert tables.main(arguments) == 0 and page.read_text() == text
-    assert tables.main([*arguments, "--check"]) == 0
-
-
-def test_a_marker_without_end_is_an_error() -> None:
-    with pytest.raises(ValueError, match="/bench:cpu"):
-        tables.rewrite("<!-- bench:cpu -->\n", [record()])
-
-
-def test_plot_is_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the extra qkrope[bench] is not installed")
-    path = tmp_path / "p.png"
-    hot = record(cache="hot", device="cuda", tokens=1024)
-    cold = dataclasses.replace(hot, cache="cold", us=20.0, ratio=None, sweep_us=None)
-    plots.draw([record(), hot, cold], path)
-    assert path.read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="no records"):
-        plots.draw([], path)
 
 
 @pytest.mark.gpu
@@ -429,8 +373,8 @@ def test_cuda_records(cuda: str, tokens: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("vec", sweep.WIDTHS)
-@pytest.mark.parametrize("pdl", [True, False])
-def test_the_device_sweep_touches_q_and_k_alone(cuda: str, pdl: bool, vec: int) -> None:
+@pytest.mark.parametrize("pdl", [0, 1, 2])
+def test_the_device_sweep_touches_q_and_k_alone(cuda: str, pdl: int, vec: int) -> None:
     device = machine.pick_device(cuda)
     if pdl and torch.cuda.get_device_capability(device) < (9, 0):
         pytest.skip("programmatic dependent launch needs sm_90")

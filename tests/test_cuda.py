@@ -149,7 +149,7 @@ def force() -> Iterator[Callable[..., Any]]:
     """The launcher's grid rule, overridden for a test."""
     function = _native.lib().force_grid
     yield function
-    function(0, 0, -1)
+    function(0, 0)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 64, 333])
@@ -161,15 +161,14 @@ def test_every_grid_gives_the_same_bits(
 ) -> None:
     recipe = Recipe(spec_of(*dims, heads=(7, 3)), lead=(tokens,), layout="packed")
     expected = run(recipe, cuda)
-    for passes in (1, 2, 3, 4):
-        for warps in (1, 2, 4):
-            for on_tokens in (0, 1):
-                force(passes, warps, on_tokens)
-                call = recipe.make(cuda)
-                qkrope.qk_norm_rope_(*call.args())
-                for y, want in zip((call.q, call.k), expected, strict=True):
-                    assert_same_bits(y, want, f"{passes}, {warps}, {on_tokens}")
-                call.assert_guards()
+    for rows in (1, 2, 4) if dims[0] <= 256 else (1, 2):
+        for warps in (1, 3, 4, 8):
+            force(rows, warps)
+            call = recipe.make(cuda)
+            qkrope.qk_norm_rope_(*call.args())
+            for y, want in zip((call.q, call.k), expected, strict=True):
+                assert_same_bits(y, want, f"{rows}, {warps}")
+            call.assert_guards()
 
 
 # (head_dim, rotary_dim): each has aligned loads; lanes hold one, two and four units.

@@ -97,7 +97,7 @@ def test_after_warmup_nothing_compiles(
 def test_a_new_length_compiles_nothing(cuda: str, compiled: list[Any]) -> None:
     scaling = DynamicNTK(factor=2.0, original_max_position_embeddings=512)
     spec = replace(spec_of(44, 24), rope=Rope(24, scaling=scaling))
-    qkrope.warmup(spec, device=cuda, dtype=BF16)
+    qkrope.warmup(spec, device=cuda, dtype=BF16, seq_len=512)
     compiled.clear()
     call = Recipe(spec, lead=(9,)).make(cuda)
     for length in (512, 700, 4096):
@@ -134,7 +134,7 @@ def test_a_first_call_while_capturing(cuda: str, packed: bool) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         x += 1
-        with pytest.raises(RuntimeError, match=r"call qkrope.warmup\(spec, device, dtype\) before"):
+        with pytest.raises(RuntimeError, match=r"call qkrope.warmup\(spec, device, dtype\) with"):
             if packed:
                 qkrope.qkv_norm_rope_(call.qkv, *call.rest())
             else:
@@ -262,7 +262,7 @@ def force() -> Iterator[Callable[..., Any]]:
     """The launcher's grid rule, overridden for a test."""
     function = _native.lib().force_grid
     yield function
-    function(0, 0, -1)
+    function(0, 0)
 
 
 def test_a_launch_that_the_driver_refuses(cuda: str, force: Callable[..., Any]) -> None:
@@ -270,10 +270,10 @@ def test_a_launch_that_the_driver_refuses(cuda: str, force: Callable[..., Any]) 
     call = Recipe(spec_of(), lead=(500,)).make(cuda)
     expected = qkrope.qk_norm_rope(*call.args())
     before = bits(call.q).clone()
-    force(0, 64, -1)
+    force(0, 64)
     with pytest.raises(RuntimeError, match="cuLaunchKernelEx.* failed: CUDA_ERROR_INVALID_VALUE"):
         qkrope.qk_norm_rope_(*call.args())
-    force(0, 0, -1)
+    force(0, 0)
     torch.cuda.synchronize()
     assert torch.equal(bits(call.q), before)
     for y, want in zip(qkrope.qk_norm_rope(*call.args()), expected, strict=True):
@@ -289,6 +289,8 @@ def test_a_cubin_that_the_driver_refuses(cuda: str) -> None:
     with pytest.raises(RuntimeError, match="failed: CUDA_ERROR_|a cubin that is not ours"):
         load(torch.cuda.current_device(), ctypes.addressof(buffer))
     with pytest.raises(RuntimeError, match="failed: CUDA_ERROR_INVALID_DEVICE"):
+        load(63, ctypes.addressof(buffer))
+    with pytest.raises(ValueError, match="got cuda:99, expected one below cuda:64"):
         load(99, ctypes.addressof(buffer))
 
 

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ._limits import integer, refuse
 from .scaling import MAX_LENGTH, NTK, DynamicNTK, Linear, Llama3, LongRoPE, YaRN
@@ -33,8 +33,7 @@ _TURN = int(
 _WORD = 1 << 32
 
 
-@dataclass(frozen=True, slots=True)
-class Angles:
+class Angles(NamedTuple):
     """Radians per position of each rotated pair, and the factor of cos and sin.
 
     Pair i turns by positions of axis ``Spec.pair_axes[i]``; a Rope's ``reverse`` is in the signs.

@@ -123,9 +123,13 @@ class Variant:
         return 8 if held == 1 and self.dtype != "float32" else 16
 
     @property
-    def layouts(self) -> tuple[str, ...]:
-        """The kernels of this variant: the fast one, and the one for rows of any alignment."""
-        return ("vector", "scalar") if self.vector_bytes else ("scalar",)
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels of this variant: the fast ones by the heads a group of lanes serves, and the
+        one for rows of any alignment.
+        """
+        if not self.vector_bytes:
+            return ("scalar",)
+        return ("vector1", "vector2", *(("vector4",) if self.lane_units == 1 else ()), "scalar")
 
     def macros(self) -> str:
         """The variant as the preprocessor lines that precede kernel.cu."""

@@ -1,13 +1,12 @@
 """The bars of the CUDA kernel: time over that of a plain sweep of the same bytes, case by case.
 
 ``python -m qkrope.bench.bars`` prints the table and exits 1 if a bar is missed; ``--grid`` tries
-every layout and warp count instead, which is what the constants of the grid rule come from.
+every number of rows and warps instead, which is what the constants of the grid rules come from.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -118,24 +117,24 @@ def measure(bar: Bar, rounds: int = 9) -> dict[str, float]:
     return {"us": kernel.median, "sweep_us": sweep.median, "ratio": kernel.ratio(sweep)}
 
 
+WARPS = (1, 2, 3, 4, 5, 6, 8)
+
+
 @torch.no_grad()
-def try_grids(bar: Bar, rounds: int = 5) -> list[tuple[float, int, int, int]]:
-    """(ratio, passes, warps a block, groups on tokens) of every alternative, best first; 0, 0, -1
-    is the rule.
-    """
+def try_grids(bar: Bar, rounds: int = 5) -> dict[str, float]:
+    """Median microseconds of "sweep", of "rule", and of every "rows/warps a block" there is."""
     buffers = buffers_of(bar)
     measures = {"sweep": sweep_measure(bar, buffers)}
-    tried: dict[str, tuple[int, int, int]] = {}
     force = _native.lib().force_grid
-    grids = itertools.product((1, 2, 3, 4), (1, 2, 4), (0, 1))
-    for choice in [(0, 0, -1), *grids]:
-        force(*choice)
-        key = "/".join(map(str, choice))
-        tried[key] = choice
+    most = 4 if bar.head_dim <= 256 else 2  # QK_PASSES
+    grids = [(r, w) for r in (1, 2, 4) if r <= most for w in WARPS]
+    for rows, warps in [(0, 0), *grids]:
+        force(rows, warps)
+        key = f"{rows}/{warps}" if rows else "rule"
         measures[key] = graph(bar, [call(b) for b in buffers])
-    force(0, 0, -1)
+    force(0, 0)
     samples = timing.interleaved(measures, rounds=rounds, budget_s=5.0)
-    return sorted((samples[key].ratio(samples["sweep"]), *tried[key]) for key in tried)
+    return {key: samples[key].median for key in samples}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qkrope.bench.bars", description=__doc__)
     parser.add_argument("--only", help="cases whose name holds one of these texts (comma)")
     parser.add_argument("--runs", type=int, default=3, help="the median of this many runs decides")
-    parser.add_argument("--grid", action="store_true", help="try every layout and warp count")
+    parser.add_argument("--grid", action="store_true", help="try every number of rows and warps")
     parser.add_argument("--out", type=Path, help="append one JSON line a case")
     options = parser.parse_args(argv)
     wanted = options.only.split(",") if options.only else [""]
@@ -153,10 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for bar in bars:
         if options.grid:
             found = try_grids(bar)
-            line = "  ".join("/".join(map(str, f[1:])) + f" {f[0]:.3f}" for f in found[:8])
-            rule = next(f for f in found if f[1] == 0)
-            print(f"{bar.name:24s} rule {rule[0]:.3f}  best: {line}", flush=True)
-            result: dict[str, Any] = {"grid": [list(f) for f in found]}
+            sweep = found["sweep"]
+            best = sorted((k for k in found if "/" in k), key=lambda k: found[k])[:6]
+            line = "  ".join(f"{k} {found[k] / sweep:.3f}" for k in best)
+            print(f"{bar.name:24s} rule {found['rule'] / sweep:.3f}  best: {line}", flush=True)
+            result: dict[str, Any] = {"grid": {k: round(us, 3) for k, us in found.items()}}
         else:
             runs = [measure(bar) for _ in range(options.runs)]
             result = {key: median(run[key] for run in runs) for key in runs[0]}

@@ -2,12 +2,14 @@
 
 cos and sin are made outside the timed region, as models make them once for all their layers.
 A baseline is `build(buffers) -> one call for each buffer` (buffers differ in their packed tensor
-alone); another library's is added to `BASELINES` under its name.
+alone). A call returns q and k, `[tokens, heads, head_dim]`, or None where it wrote them over those
+of its buffer. Other libraries' kernels, in peers.py, are the same thing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -15,6 +17,17 @@ from torch.nn import functional
 from .data import Inputs, fp32_cos_sin
 
 Call = Callable[[], object]
+Build = Callable[[Sequence[Inputs]], list[Call]]
+
+
+class Unmeasured(Exception):
+    """A baseline that does not run here or not on this case; its text says why."""
+
+
+def own_sides(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contiguous copies of q and k, for what does not take views of a packed tensor."""
+    q, k = (x.clone(memory_format=torch.contiguous_format) for x in (inputs.q, inputs.k))
+    return q, k
 
 
 def _rotate_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -78,16 +91,39 @@ def eager(buffers: Sequence[Inputs]) -> list[Call]:
     return _calls(chain, buffers, rest)
 
 
+def forget_compiled(names: Iterable[str]) -> None:
+    """To be called before each case: what torch.compile kept of the last one counts towards its
+    limit of recompilations. Not between two baselines: it would make the first compile again.
+    """
+    if any(name.startswith("compile") for name in names):
+        torch._dynamo.reset()
+
+
 def compiled(buffers: Sequence[Inputs]) -> list[Call]:
     """torch.compile of the same function, static shapes; compiled before this returns."""
     chain, rest = _chain(buffers[0])
-    torch._dynamo.reset()  # one case's guards must not make the next one dynamic
     calls = _calls(torch.compile(chain, dynamic=False, fullgraph=True), buffers, rest)
     calls[0]()
     return calls
 
 
-BASELINES: dict[str, Callable[[Sequence[Inputs]], list[Call]]] = {
+def compiled_in_place(buffers: Sequence[Inputs]) -> list[Call]:
+    """The same, written over its q and k: contiguous tensors of their own, as writes to views of
+    one tensor would make torch.compile move V too.
+    """
+    chain, rest = _chain(buffers[0])
+
+    def chain_(q, k, *rest):  # type: ignore[no-untyped-def]
+        for x, new in zip((q, k), chain(q, k, *rest), strict=True):
+            x.copy_(new)
+        return q, k
+
+    function = torch.compile(chain_, dynamic=False, fullgraph=True)
+    return [torch.no_grad()(partial(function, *own_sides(b), *rest)) for b in buffers]
+
+
+BASELINES: dict[str, Build] = {
     "eager": eager,
     "compile": compiled,
+    "compile-inplace": compiled_in_place,
 }

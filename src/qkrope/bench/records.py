@@ -51,7 +51,8 @@ class Record:
     oracle_rows: int
     repeats: int
     launches: int | None  # CUDA: launches a graph
-    # name -> {"us", "speedup", "repeats"} or {"error"}
+    # name -> {"us", "speedup" (its time over ours), "repeats"} or {"error"}; where it was checked
+    # against the oracle also {"worst_error", "worst_ulp"}, as above. Peers are among them.
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 import qkrope
 
 from . import timing
-from .baselines import BASELINES
+from .baselines import BASELINES, Build, Call, Unmeasured, forget_compiled
 from .data import Inputs, another_buffer, make_inputs, stationary
 from .errors import Errors, compare, exact_and_terms, finite, merge
 from .machine import environment
@@ -36,11 +36,19 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     baselines: Sequence[str] = ("eager", "compile")
+    peers: Mapping[str, Build] = field(default_factory=dict)  # measured as the baselines are
+    check_baselines: bool = False  # against the oracle, too
     compile_shapes: frozenset[str] = frozenset()  # names; torch.compile takes seconds a case
     oracle_rows: int | None = 256  # None: every row
     rounds: int = 25
     baseline_rounds: int = 3
     budget_s: float = 0.5  # for each of kernel, sweep and baseline, in one case
+
+    def builders(self, shape: Shape) -> dict[str, Build]:
+        """What is measured beside the kernel on a shape."""
+        compiled = shape.name in self.compile_shapes
+        names = [n for n in self.baselines if compiled or not n.startswith("compile")]
+        return {name: BASELINES[name] for name in names} | dict(self.peers)
 
     def cases(self) -> list[tuple[Shape, int, str]]:
         """Shape, tokens and cache state of every record the plan makes."""
@@ -63,19 +71,42 @@ def run(plan: Plan, note: Callable[[str], None] = lambda text: None) -> Iterator
     """Measure every case of a plan, in order. `note` hears what could not be measured and why."""
     facts = environment(plan.device)
     checked: dict[tuple[Shape, int], tuple[Errors, int]] = {}
+    others: dict[tuple[Shape, int], dict[str, dict[str, Any]]] = {}
     for shape, tokens, cache in plan.cases():
-        names = [
-            name
-            for name in plan.baselines
-            if name != "compile" or shape.name in plan.compile_shapes
-        ]
+        case = (shape, tokens)
         with _current(plan.device):
             inputs = make_inputs(shape, tokens, plan.dtype, plan.device)
-            if (shape, tokens) not in checked:
-                checked[shape, tokens] = check(inputs, plan.oracle_rows)
-            errors, rows = checked[shape, tokens]
-            record = _measure(plan, inputs, cache, names, errors, rows, facts, note)
+            if case not in checked:
+                checked[case] = check(inputs, plan.oracle_rows)
+                others[case] = dict(check_baselines(plan, *case) if plan.check_baselines else ())
+            record = _measure(plan, inputs, cache, others[case], *checked[case], facts, note)
         yield record
+
+
+def check_baselines(plan: Plan, shape: Shape, tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each baseline and peer once, on inputs of its own: its worst error, or why there is none.
+
+    A failure is its own alone: the others go on.
+    """
+    builders = plan.builders(shape)
+    forget_compiled(builders)
+    for name, build in builders.items():
+        try:
+            inputs = make_inputs(shape, tokens, plan.dtype, plan.device)
+            (run,) = build([inputs])
+            errors, _ = check(inputs, plan.oracle_rows, run)
+        except Exception as error:
+            found: dict[str, Any] = {"error": reason(error)}
+        else:
+            found = {"worst_error": finite(errors.worst), "worst_ulp": finite(errors.pair_ulp)}
+        yield name, found
+
+
+def reason(error: Exception) -> str:
+    """One line for an exception."""
+    if isinstance(error, Unmeasured):
+        return str(error)
+    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
 
 
 @contextmanager
@@ -97,8 +128,10 @@ def call(inputs: Inputs) -> Callable[[], object]:
     return lambda: qkrope.qkv_norm_rope_(qkv, q_weight, k_weight, positions, spec)
 
 
-def check(inputs: Inputs, rows: int | None) -> tuple[Errors, int]:
-    """Run the call once and compare `rows` rows, first and last among them, with the oracle.
+@torch.no_grad()
+def check(inputs: Inputs, rows: int | None, run: Call | None = None) -> tuple[Errors, int]:
+    """Run the call (ours for None) once and compare `rows` rows, first and last among them, with
+    the oracle.
 
     Returns the errors and the number of rows; V must keep its bits (RuntimeError if it does not).
     """
@@ -108,7 +141,8 @@ def check(inputs: Inputs, rows: int | None) -> tuple[Errors, int]:
     picks = picks.to(inputs.qkv.device)
     before = (inputs.q[picks], inputs.k[picks])
     v_before = inputs.qkv[picks, columns:].clone()
-    call(inputs)()
+    out: Any = (run or call(inputs))()
+    q_out, k_out = (inputs.q, inputs.k) if out is None else out
     if not torch.equal(inputs.qkv[picks, columns:], v_before):
         raise RuntimeError(f"{inputs.shape.name}: the V columns changed")
     spec = inputs.shape.spec
@@ -120,7 +154,7 @@ def check(inputs: Inputs, rows: int | None) -> tuple[Errors, int]:
         exact, terms = exact_and_terms(
             q, k, inputs.q_weight, inputs.k_weight, inputs.positions[rows_at], spec
         )
-        got = (inputs.q[rows_at], inputs.k[rows_at])
+        got = (q_out[rows_at], k_out[rows_at])
         parts.append((compare(got, exact, terms, spec, inputs.qkv.dtype), len(rows_at)))
     return merge(parts), count
 
@@ -130,7 +164,7 @@ def _measure(
     plan: Plan,
     inputs: Inputs,
     cache: str,
-    baselines: Sequence[str],
+    checked: Mapping[str, dict[str, Any]],
     errors: Errors,
     rows: int,
     facts: dict[str, Any],
@@ -139,7 +173,9 @@ def _measure(
     shape, spec = inputs.shape, inputs.shape.spec
     moved = shape.bytes_moved(inputs.tokens, inputs.qkv.element_size())
     pdl = plan.device.type == "cuda" and torch.cuda.get_device_capability(plan.device) >= (9, 0)
-    measures, launches, failed = _measures(plan, stationary(inputs), cache, baselines, moved, pdl)
+    wrong = {name: found["error"] for name, found in checked.items() if "error" in found}
+    builders = {n: build for n, build in plan.builders(shape).items() if n not in wrong}
+    measures, launches, failed = _measures(stationary(inputs), cache, builders, moved, pdl)
     for name, reason in failed.items():
         note(f"{shape.name}, {inputs.tokens} tokens: {name} not measured: {reason}")
     fast = {name: m for name, m in measures.items() if name in ("kernel", "sweep")}
@@ -158,9 +194,11 @@ def _measure(
             "us": shared[name].median,
             "speedup": shared[name].ratio(shared["kernel"]),
             "repeats": len(shared[name].us),
+            **checked.get(name, {}),
         }
         for name in slow
     }
+    failed |= wrong
     results |= {name: {"error": why} for name, why in failed.items() if name != "sweep"}
     return Record(
         **facts,
@@ -192,7 +230,7 @@ def _measure(
 
 
 def _measures(
-    plan: Plan, inputs: Inputs, cache: str, baselines: Sequence[str], moved: int, pdl: bool
+    inputs: Inputs, cache: str, builders: Mapping[str, Build], moved: int, pdl: bool
 ) -> tuple[dict[str, timing.Measure], int | None, dict[str, str]]:
     """The things to time, the launches a graph holds, and the reason of each that cannot be."""
     buffers, launches = [inputs], None
@@ -200,11 +238,12 @@ def _measures(
         count = 2 if cache == "hot" else max(2, math.ceil(COLD_BYTES / (moved / 2)))
         buffers += [another_buffer(inputs) for _ in range(count - 1)]
         launches = timing.launches_for(count, moved / 3e6)  # at 3 TB/s
-    makers: dict[str, Callable[[Sequence[Inputs]], list[Callable[[], object]]]] = {
+    makers: dict[str, Build] = {
         "kernel": lambda buffers: [call(b) for b in buffers],
         "sweep": lambda buffers: [host_sweep(b) for b in buffers],
+        **builders,
     }
-    makers |= {name: BASELINES[name] for name in baselines}
+    forget_compiled(builders)
     measures: dict[str, timing.Measure] = {}
     failed: dict[str, str] = {}
     for name, make in makers.items():
@@ -218,5 +257,5 @@ def _measures(
         except Exception as error:
             if name == "kernel":
                 raise
-            failed[name] = (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
+            failed[name] = reason(error)
     return measures, launches, failed

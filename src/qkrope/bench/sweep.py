@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import driver
 from .data import Inputs
 from .timing import Measure, graph_measure
 
@@ -38,42 +39,28 @@ def host_sweep(inputs: Inputs) -> Callable[[], object]:
     return lambda: columns.bitwise_xor_(1)
 
 
-def compile_sweep(arch: str, row_words: int, vec: int, pdl: bool) -> bytes:
+def compile_sweep(arch: str, row_words: int, vec: int, pdl: int) -> bytes:
     """The cubin of sweep.cu for `arch` ("sm_90"); needs NVRTC but no GPU."""
     from cuda.core import Program, ProgramOptions
 
     source = resources.files("qkrope").joinpath("bench", "sweep.cu").read_text()
-    define: list[Any] = [("VEC", str(vec)), ("ROW_WORDS", str(row_words))]
-    define += [("PDL", "1")] if pdl else []
+    define = [("VEC", str(vec)), ("ROW_WORDS", str(row_words)), ("PDL", str(pdl))]
     program = Program(source, "c++", ProgramOptions(arch=arch, define_macro=define))
     return bytes(program.compile("cubin").code)
 
 
-def _ok(result: tuple[Any, ...]) -> Any:
-    if int(result[0]) != 0:
-        raise RuntimeError(f"CUDA driver: got {result[0]!r}, expected CUDA_SUCCESS")
-    return result[1] if len(result) > 1 else None
-
-
 @cache
-def _kernel(device: int, row_words: int, vec: int, pdl: bool) -> Any:
-    from cuda.bindings import driver
-
+def _kernel(device: int, row_words: int, vec: int, pdl: int) -> Any:
     major, minor = torch.cuda.get_device_capability(device)
     cubin = compile_sweep(f"sm_{major}{minor}", row_words, vec, pdl)
-    with torch.cuda.device(device):
-        torch.cuda.synchronize()  # makes torch's context current
-        module = _ok(driver.cuModuleLoadData(cubin))
-        return _ok(driver.cuModuleGetFunction(module, b"qk_sweep"))
+    return driver.function(driver.load(device, cubin), "qk_sweep")
 
 
-def device_sweep(inputs: Inputs, *, pdl: bool, vec: int = 2) -> Callable[[], object]:
-    """CUDA: sweep.cu with `vec` 16-byte words a thread, and programmatic dependent launch or not.
+def device_sweep(inputs: Inputs, *, pdl: int, vec: int = 2) -> Callable[[], object]:
+    """CUDA: sweep.cu with `vec` 16-byte words a thread; `pdl` as the macro of sweep.cu.
 
     ValueError where the columns are no whole 16-byte words, or more than 2^32 of them.
     """
-    from cuda.bindings import driver
-
     qkv = inputs.qkv
     itemsize = qkv.element_size()
     row_bytes, used = inputs.shape.width * itemsize, inputs.shape.columns * itemsize
@@ -82,31 +69,18 @@ def device_sweep(inputs: Inputs, *, pdl: bool, vec: int = 2) -> Callable[[], obj
     words = inputs.tokens * (used // 16)
     if words >= 2**32:
         raise ValueError(f"sweep: got {words} words, expected fewer than 2^32")
-    function = _kernel(qkv.device.index or 0, used // 16, vec, pdl)
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = -(-words // (_BLOCK * vec)), 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = _BLOCK, 1, 1
-    if pdl:
-        attribute = driver.CUlaunchAttribute()
-        ids = driver.CUlaunchAttributeID
-        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs = [attribute]
-        config.numAttrs = 1
+    kernel = _kernel(qkv.device.index or 0, used // 16, vec, pdl)
     values = (qkv.data_ptr(), row_bytes // 16, words)
     types = (ctypes.c_void_p, ctypes.c_longlong, ctypes.c_uint)
-
-    def call() -> None:
-        config.hStream = torch.cuda.current_stream().cuda_stream
-        _ok(driver.cuLaunchKernelEx(config, function, (values, types), 0))
-
-    return call
+    blocks = -(-words // (_BLOCK * vec))
+    return driver.launcher(kernel, blocks, _BLOCK, (values, types), pdl=bool(pdl), keep=qkv)
 
 
 def device_sweep_measure(buffers: Sequence[Inputs], launches: int, *, pdl: bool) -> Measure:
-    """The fastest width of the sweep on these buffers, as a graph: a slow yardstick flatters."""
+    """The fastest form of the sweep on these buffers, as a graph: a slow yardstick flatters."""
     candidates = [
-        graph_measure([device_sweep(b, pdl=pdl, vec=vec) for b in buffers], launches)
+        graph_measure([device_sweep(b, pdl=mode, vec=vec) for b in buffers], launches)
         for vec in WIDTHS
+        for mode in ((1, 2) if pdl else (0,))
     ]
     return min(candidates, key=lambda measure: median(measure() for _ in range(5)))

@@ -1,7 +1,7 @@
 """The benchmark tables of the README, written from the records.
 
 `python -m qkrope.bench.tables README.md` replaces what stands between `<!-- bench:cpu -->` and
-`<!-- /bench:cpu -->` (and the same with cuda, and with bars) by a table of the newest records;
+`<!-- /bench:cpu -->` (and the same with cuda, peers and bars) by a table of the newest records;
 `--check` changes nothing and exits 1 if the file is out of date.
 """
 
@@ -86,6 +86,43 @@ def _speedup(record: Record, name: str) -> str:
     return f"{result['speedup']:.1f}x" if "speedup" in result else "-"
 
 
+def render_peers(found: Sequence[Record]) -> str:
+    """Other libraries' kernels on CUDA: time over ours and worst error, then who refused what."""
+    rows = newest([r for r in found if r.device == "cuda" and _peers(r)])
+    if not rows:
+        return "No record yet.\n"
+    names = list(dict.fromkeys(name for r in rows for name in r.baselines))
+    head = ["model", "q/k/v heads", "tokens", "cache", "qkrope, us", *names]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    refused: dict[str, list[str]] = {}
+    for r in rows:
+        cells = [r.shape, r.heads, str(r.tokens), r.cache, f"{r.us:.4g}"]
+        for name in names:
+            result = r.baselines.get(name, {})
+            if "speedup" in result:
+                error = "not checked"
+                if "worst_ulp" in result:
+                    worst = result["worst_ulp"]
+                    error = "infinite" if worst is None else f"{worst:.3g}"
+                cells.append(f"{result['speedup']:.2f}x ({error})")
+                continue
+            cells.append("-")
+            if "error" in result:
+                refused.setdefault(f"{name}: {result['error']}", []).append(r.shape)
+        lines.append("| " + " | ".join(cells) + " |")
+    every = {r.shape for r in rows}
+    notes = ["Time over ours; in brackets the worst error in ulps of the rotated pair."]
+    for why, shapes in refused.items():
+        which = "" if set(shapes) == every else f" ({', '.join(dict.fromkeys(shapes))})"
+        notes.append(f"{why}{which}.")
+    return "\n".join([*lines, "", " ".join(notes), "", _provenance(rows), ""])
+
+
+def _peers(record: Record) -> bool:
+    """Whether other libraries were asked for, which no plain run does."""
+    return any("worst_ulp" in result for result in record.baselines.values())
+
+
 def render_bars(found: Sequence[dict[str, Any]]) -> str:
     """The table of `python -m qkrope.bench.bars`, the last line of each case."""
     if not found:
@@ -105,7 +142,7 @@ def render_bars(found: Sequence[dict[str, Any]]) -> str:
 
 def rewrite(text: str, found: Sequence[Record], bars: Sequence[dict[str, Any]] = ()) -> str:
     """The text with every marked table replaced; ValueError for a marker without its end."""
-    for kind in (*KINDS, "bars"):
+    for kind in (*KINDS, "peers", "bars"):
         start, end = f"<!-- bench:{kind} -->", f"<!-- /bench:{kind} -->"
         if start not in text and end not in text:
             continue
@@ -113,7 +150,10 @@ def rewrite(text: str, found: Sequence[Record], bars: Sequence[dict[str, Any]] =
         _, closing, after = rest.partition(end)
         if not closing:
             raise ValueError(f"{start}: expected {end} after it")
-        table = render_bars(bars) if kind == "bars" else render(found, kind)
+        if kind == "bars":
+            table = render_bars(bars)
+        else:
+            table = render_peers(found) if kind == "peers" else render(found, kind)
         text = f"{before}{start}\n{table}{end}{after}"
     return text
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import bench_peers
 from .common import FAILED, OK, Output, UsageError, dtype_name, token_list, torch_dtype
 
 if TYPE_CHECKING:
@@ -23,7 +24,20 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=token_list, metavar="N,N,...", help="default 1,256,4096")
     parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="bf16, fp16, fp32")
     parser.add_argument(
-        "--baselines", default="eager,compile", help="of eager,compile; none: neither"
+        "--baselines",
+        help="of eager,compile,compile-inplace (default: the first two, with --peers all) or none",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="other libraries too: installed, or from the folder that tools/fetch_peers.py filled",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="each baseline and peer once, against the oracle, without timing",
     )
     parser.add_argument(
         "--full", action="store_true", help="all token counts, torch.compile and oracle everywhere"
@@ -40,6 +54,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from qkrope.bench import records, runner
 
     plan = _plan(args)
+    if args.dry_run:
+        return bench_peers.dry_run(plan, out)
     out.note(f"device {plan.device}, {args.dtype}, {len(plan.cases())} cases")
     found: list[Record] = []
     with out.progress() as bar:
@@ -57,6 +73,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     passed = all(record.passed for record in found)
     out.result({"passed": passed, "records": [records.to_dict(record) for record in found]})
     _print(found, out)
+    if plan.peers:
+        bench_peers.print_peers(found, out)
     if not passed:
         bad = sorted({f"{r.shape}, {r.tokens} tokens" for r in found if not r.passed})
         out.note(f"the criterion is missed by: {'; '.join(bad)}")
@@ -76,10 +94,13 @@ def _plan(args: argparse.Namespace) -> Plan:
             raise UsageError(f"--config: {error}") from None
     if args.shape or not args.config:
         selected += shapes.find_shapes(args.shape)
-    names = [n for n in args.baselines.split(",") if n and n != "none"]
+    peers = bench_peers.peers_from(args.peers)
+    default = "eager,compile,compile-inplace" if peers or args.dry_run else "eager,compile"
+    given = default if args.baselines is None else args.baselines
+    names = [n for n in given.split(",") if n and n != "none"]
     if unknown := [name for name in names if name not in BASELINES]:
         raise UsageError(f"--baselines: got {unknown[0]}, expected of {', '.join(BASELINES)}")
-    compiled = selected if args.full else selected[:1]
+    compiled = selected if args.full or peers else selected[:1]
     device = pick_device(args.device)
     return runner.Plan(
         shapes=selected,
@@ -87,6 +108,8 @@ def _plan(args: argparse.Namespace) -> Plan:
         dtype=torch_dtype(args.dtype),
         device=device,
         baselines=names,
+        peers=peers,
+        check_baselines=bool(peers),
         compile_shapes=frozenset(shape.name for shape in compiled),
         oracle_rows=None if args.full else 256,
         rounds=50 if args.full else 25,

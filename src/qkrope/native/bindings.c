@@ -213,20 +213,29 @@ FUNCTION(cuda_bind) {
   return return_int(result, 0);
 }
 
-// passes(heads, most, warps at one head a group, num_sms): the grid rule, for its test.
-FUNCTION(passes) {
+// rows(tokens, q heads, k heads, head_dim, bytes an element, num_sms), block_warps(warps, head_dim,
+// rows, num_sms): the rules of the grid, for their tests.
+FUNCTION(rows) {
   (void)self;
-  if (n != 4) return qk_raise("TypeError", "passes: expected 4 arguments, got %d", n);
-  return return_int(result, qk_passes((int)args[0].v_int64, (int)args[1].v_int64, args[2].v_int64,
-                                      (int)args[3].v_int64));
+  if (n != 6) return qk_raise("TypeError", "rows: expected 6 arguments, got %d", n);
+  return return_int(result,
+                    qk_rows(args[0].v_int64, (int)args[1].v_int64, (int)args[2].v_int64,
+                            (int)args[3].v_int64, (int)args[4].v_int64, (int)args[5].v_int64));
 }
 
-// force_grid(passes, warps a block, groups on tokens): overrides the grid rule while the bench
-// tries alternatives; (0, 0, -1) is the rule again.
+FUNCTION(block_warps) {
+  (void)self;
+  if (n != 4) return qk_raise("TypeError", "block_warps: expected 4 arguments, got %d", n);
+  return return_int(result, qk_block_warps(args[0].v_int64, (int)args[1].v_int64,
+                                           (int)args[2].v_int64, (int)args[3].v_int64));
+}
+
+// force_grid(rows, warps a block): overrides the rules while the bench tries alternatives; (0, 0)
+// is the rules again.
 FUNCTION(force_grid) {
   (void)self;
-  if (n != 3) return qk_raise("TypeError", "force_grid: expected 3 arguments, got %d", n);
-  qk_force_grid((int)args[0].v_int64, (int)args[1].v_int64, (int)args[2].v_int64);
+  if (n != 2) return qk_raise("TypeError", "force_grid: expected 2 arguments, got %d", n);
+  qk_force_grid((int)args[0].v_int64, (int)args[1].v_int64);
   return return_int(result, 0);
 }
 

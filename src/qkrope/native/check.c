@@ -84,6 +84,7 @@ static int refuse_on_cuda(const qk_call* c, const qk_checked* out) {
     const qk_side* each[] = {&p->q, &p->k, &p->v};
     for (int side = 0; side < SIDES && !name; ++side) {
       const qk_side* s = each[side];
+      if (!s->heads) continue;  // absent: nothing of it is set
       name = s->bias ? "bias" : s->weight_head ? "weight" : 0;
       if (s->scale_of || s->scale != 1.0f) name = "scale";
       if (!name) continue;

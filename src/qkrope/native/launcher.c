@@ -128,17 +128,19 @@ static const qk_slot* find_slot(const qk_plan* plan, const qk_checked* c, long l
 }
 
 static int load_kernels(qk_kernels* kernels, int device, const void* cubin) {
-  static const char* names[2] = {"qkrope_vector", "qkrope_scalar"};
+  static const char* names[QK_KERNELS] = {"qkrope_vector1", "qkrope_vector2", "qkrope_vector4",
+                                          "qkrope_scalar"};
   void *library, *kernel;
   TRY(DeviceGetAttribute(&kernels->num_sms, MULTIPROCESSOR_COUNT, device));
   TRY(LibraryLoadData(&library, cubin, 0, 0, 0, 0, 0, 0));
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < QK_KERNELS; ++i) {
     CUresult code = cu.LibraryGetKernel(&kernel, library, names[i]);
-    if (code == NOT_FOUND) continue;  // a variant without vector loads
+    if (code == NOT_FOUND) continue;  // a variant without vector loads, or without four rows
     if (failed(code, "cuLibraryGetKernel")) return -1;
     TRY(KernelGetFunction(&kernels->function[i], kernel));
   }
-  if (!kernels->function[1]) return qk_raise("RuntimeError", "cuda_load: a cubin that is not ours");
+  if (!kernels->function[QK_SCALAR])
+    return qk_raise("RuntimeError", "cuda_load: a cubin that is not ours");
   return 0;
 }
 
@@ -184,16 +186,33 @@ int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* ker
 // ---- the grid
 // -------------------------------------------------------------------------------------
 
-// Heads that a group of lanes serves, one after the other, of one side of one token. A small batch
-// spreads over all multiprocessors, about six warps each; a large one gives each group as many
-// heads as it can have in flight, so that an angle is computed once for all of them.
-int qk_passes(int heads, int most, long long warps, int num_sms) {
-  long long each = (warps + 6LL * num_sms - 1) / (6LL * num_sms);
-  if (each > most) each = most;
-  if (each > heads) each = heads;
-  if (each < 1) each = 1;
-  int slots = (int)((heads + each - 1) / each);
-  return (heads + slots - 1) / slots;  // as even as it goes
+static int slots_of(int heads, int a_slot) { return (heads + a_slot - 1) / a_slot; }
+
+// Heads of one token that a group of lanes serves: 1, 2 or 4, at most QK_PASSES.
+// A small call: the fewest that leave at most 20 warps a multiprocessor. More warps would not fit
+// beside those of the next call, fewer would not cover each other's latencies; and the more heads,
+// the fewer times an angle is computed.
+// A large one: as many as make 32 bytes a lane in flight, which is where registers still allow 40
+// warps; but the most where groups cannot share a token's heads out evenly, and where rows are no
+// whole cache lines, which neighbouring heads of a group then share.
+int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms) {
+  const int groups = QK_GROUPS(head_dim), most = QK_PASSES(head_dim);
+  int rows = 1;
+  for (; rows < most; rows *= 2)
+    if (tokens * (slots_of(q_heads, rows * groups) + slots_of(k_heads, rows * groups)) <=
+        20LL * num_sms)
+      return rows;
+  const int lanes = QK_LANES(head_dim), best = size * QK_LANE_UNITS(head_dim) <= 2 ? 2 : 1;
+  const int even = q_heads % (best * groups) == 0 && k_heads % (best * groups) == 0;
+  return even && (lanes & (lanes - 1)) == 0 ? best : most;
+}
+
+// Warps a block: about five blocks a multiprocessor while the grid is small; at most 8, or 4 of the
+// kernels that take more registers, where blocks of 8 would leave some unused.
+int qk_block_warps(long long warps, int head_dim, int rows, int num_sms) {
+  const int most = rows == 4 || QK_LANE_UNITS(head_dim) > 1 ? 4 : 8;
+  long long block = (warps + 5LL * num_sms - 1) / (5LL * num_sms);
+  return block > most ? most : block < 1 ? 1 : (int)block;
 }
 
 static long long mix(long long bits, const qk_launch_side* s, const qk_launch* p, int side) {
@@ -262,54 +281,53 @@ static void fill_launch(const qk_params* p, int item, const qk_frac* frac, qk_la
   out->cos_row = p->cos_row, out->sin_row = p->sin_row;
 }
 
-// For the bench that justifies the rule above: passes (0: by the rule), warps a block (0), groups
-// on tokens (-1).
-static int forced_passes, forced_warps, forced_on_tokens = -1;
+// For the bench that justifies the rules above: heads a group, warps a block; 0 is the rule.
+static int forced_rows, forced_warps;
 
-void qk_force_grid(int passes, int warps, int on_tokens) {
-  forced_passes = passes, forced_warps = warps, forced_on_tokens = on_tokens;
+void qk_force_grid(int rows, int warps) { forced_rows = rows, forced_warps = warps; }
+
+// The kernel for this call's alignment and number of rows, and that number.
+static void* choose_kernel(const qk_slot* slot, const qk_checked* c, const qk_launch* p, int* rows,
+                           long long* answer) {
+  const int head_dim = c->variant.head_dim;
+  void* const* functions = slot->kernels->function;
+  if (functions[0] && is_aligned(c, p)) {
+    *rows = forced_rows ? forced_rows
+                        : qk_rows(p->tokens, p->side[0].heads, p->side[1].heads, head_dim,
+                                  c->variant.dtype == QK_F32 ? 4 : 2, slot->kernels->num_sms);
+    return functions[*rows == 4 ? 2 : *rows - 1];
+  }
+  static int said[2];  // a slow path announces itself, once
+  int why = functions[0] ? 0 : 1;
+  if (!said[why]) *answer = -1 - why;
+  said[why] = 1;
+  *rows = QK_PASSES(head_dim);
+  return functions[QK_SCALAR];
 }
 
 static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* params, void* stream,
                   long long* answer) {
-  const qk_variant* v = &c->variant;
-  const int groups = QK_GROUPS(v->head_dim);
-  const int most = QK_PASSES(v->head_dim), num_sms = slot->kernels->num_sms;
-  int slots = 0;
+  const int head_dim = c->variant.head_dim, groups = QK_GROUPS(head_dim);
   qk_launch p;
   if (params->tokens > INT32_MAX)
     return qk_raise("ValueError", "q, k: got %lld tokens, expected at most 2^31 - 1",
                     params->tokens);
   fill_launch(params, c->variant.dtype == QK_F32 ? 4 : 2, slot->frac, &p);
-  void* function = slot->kernels->function[0];
-  if (!function || !is_aligned(c, &p)) {
-    static int said[2];  // a slow path announces itself, once
-    int why = function ? 0 : 1;
-    if (!said[why]) *answer = -1 - why;
-    said[why] = 1;
-    function = slot->kernels->function[1];
-  }
-  // Warps if each group served one head.
-  const long long items = params->tokens * (p.side[0].heads + p.side[1].heads) / groups;
-  p.groups_on_tokens = forced_on_tokens >= 0 ? forced_on_tokens : items > 16LL * num_sms;
-  int heads_a_slot = p.groups_on_tokens ? 1 : groups;
+  int rows, slots = 0;
+  void* function = choose_kernel(slot, c, &p, &rows, answer);
+  const int on_tokens = QK_ON_TOKENS(head_dim, rows);
+  const int a_pass = on_tokens ? 1 : groups;  // heads that a warp serves at a time
   for (int i = 0; i < 2; ++i) {
-    int heads = p.side[i].heads;
-    if (!heads) continue;
-    int each = qk_passes(heads, most, items, num_sms);
-    if (forced_passes) each = forced_passes < heads ? forced_passes : heads;
-    if (each > most) each = most;
-    p.side[i].passes = each;
-    slots += (heads + each * heads_a_slot - 1) / (each * heads_a_slot);
+    const int heads = p.side[i].heads, needed = slots_of(heads, rows * a_pass);
+    if (needed) p.side[i].passes = slots_of(heads, needed * a_pass);  // as even as it goes
+    slots += needed;
     if (!i) p.q_slots = slots;
   }
-  unsigned tokens_a_warp = p.groups_on_tokens ? groups : 1;
-  unsigned warps = (p.tokens + tokens_a_warp - 1) / tokens_a_warp;
-  const long long all = (long long)warps * slots;
-  // A small grid in small blocks: they spread evenly beside what the kernel before left resident.
-  unsigned block = all > 24LL * num_sms ? QK_BLOCK_WARPS : 1;
+  const unsigned tokens_a_warp = on_tokens ? groups : 1;
+  const unsigned warps = (p.tokens + tokens_a_warp - 1) / tokens_a_warp;
+  unsigned block = qk_block_warps((long long)warps * slots, head_dim, rows, slot->kernels->num_sms);
   if (forced_warps) block = forced_warps;
-  unsigned blocks = (warps + block - 1) / block;
+  const unsigned blocks = (warps + block - 1) / block;
   launch_attribute attribute;
   memset(&attribute, 0, sizeof attribute);
   attribute.id = PROGRAMMATIC_STREAM_SERIALIZATION;

@@ -117,7 +117,7 @@ typedef struct {
 // ----------
 
 // Strides are in bytes. Blocks below q_slots in x serve q, the rest k. A group of lanes serves
-// `passes` heads of one token, one after the other.
+// `passes` heads of one token.
 typedef struct {
   const char* x;
   char* y;
@@ -134,8 +134,6 @@ typedef struct {
   const qk_frac* frac;
   unsigned tokens;
   int q_slots;
-  // Groups of a warp side by side on tokens, or (few tokens) on the heads of one token.
-  int groups_on_tokens;
   float attention_factor;
   int pos_wide, early_weights;
   int ndim;  // 1: the token strides above are all there is
@@ -161,6 +159,7 @@ typedef struct {
 #define QK_GROUPS(head_dim) (32 / QK_LANES(head_dim))
 // Heads a group has in flight at once, and so the most it serves.
 #define QK_PASSES(head_dim) (QK_LANE_UNITS(head_dim) <= 1 ? 4 : 2)
-#define QK_BLOCK_WARPS 4  // at most
+// The groups of a warp are side by side on tokens, or (fewer rows) on the heads of one token.
+#define QK_ON_TOKENS(head_dim, rows) ((rows) == QK_PASSES(head_dim))
 
 #endif

@@ -11,8 +11,9 @@ extern "C" {
 #endif
 
 // One loaded cubin.
+enum { QK_SCALAR = 3, QK_KERNELS = 4 };
 typedef struct {
-  void* function[2];  // vector (null where the variant has none), scalar: CUfunction
+  void* function[QK_KERNELS];  // CUfunction: vector of 1, 2, 4 rows (null: none), scalar
   int num_sms;
 } qk_kernels;
 
@@ -79,8 +80,9 @@ int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long 
 long long qk_slot_key(const qk_checked* call);
 qk_kernels* qk_cuda_load(int device, const void* cubin);
 int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
-void qk_force_grid(int passes, int warps, int on_tokens);
-int qk_passes(int heads, int most, long long warps, int num_sms);
+void qk_force_grid(int rows, int warps);
+int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms);
+int qk_block_warps(long long warps, int head_dim, int rows, int num_sms);
 
 // view.c
 int qk_raise(const char* kind, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -21,6 +21,11 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // No lane holds rotated and unrotated pairs both.
 constexpr bool kWholeLanes = kRotatedPairs % kCount == 0;
 
+constexpr bool kNormed = QK_Q_NORM == QK_NORM_RMS || QK_K_NORM == QK_NORM_RMS;
+// Where every channel turns, attention factor and a bad position's NaN go with the row's scale.
+constexpr bool kScaled =
+    kRotary == kHeadDim && kNormed && (QK_ANGLE == QK_ANGLE_PHASE || QK_ANGLE == QK_ANGLE_INV_FREQ);
+
 static_assert(kHeadDim >= 2 && kHeadDim <= QK_MAX_HEAD_DIM && kHeadDim % 2 == 0, "head_dim");
 static_assert(kRotary >= 0 && kRotary <= kHeadDim && kRotary % 2 == 0, "rotary_dim");
 static_assert((QK_ANGLE == QK_ANGLE_NONE) == (kRotary == 0), "angle source");

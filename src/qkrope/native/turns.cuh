@@ -25,10 +25,11 @@ __device__ __forceinline__ float table_value(const void* table, int type, long l
 }
 
 // The table is ours and aligned, so two entries make a 16-byte load.
+template <int kMany>
 __device__ __forceinline__ void read_frac(const qk_frac* table, int first,
                                           qk_frac (&frac)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; i += 2) {
+  for (int i = 0; i < kMany; i += 2) {
     if (first + i + 1 < kRotatedPairs) {
       const int4 two = *(const int4*)(table + first + i);
       frac[i].lo = two.x, frac[i].hi = two.y, frac[i + 1].lo = two.z, frac[i + 1].hi = two.w;
@@ -127,7 +128,7 @@ __device__ __forceinline__ void turn_by_table(const qk_launch& p, const Token& a
   }
 }
 
-__device__ __forceinline__ void turn_by_phase(const qk_launch& p, int position, bool bad, int first,
+__device__ __forceinline__ void turn_by_phase(int position, float factor, int first,
                                               const qk_frac (&frac)[kCount], unsigned bad_pairs,
                                               Factors& f) {
   if (kWholeLanes && first >= kRotatedPairs) return;
@@ -136,8 +137,8 @@ __device__ __forceinline__ void turn_by_phase(const qk_launch& p, int position, 
     if (!kWholeLanes && first + i >= kRotatedPairs) continue;
     float s, c;
     sincos_of_phase(qk::phase(position, frac[i].lo, frac[i].hi), s, c);
-    const float factor = bad || (bad_pairs >> i & 1) ? QK_NAN : p.attention_factor;
-    if (factor != 1.0f) s = qk::mul(s, factor), c = qk::mul(c, factor);
+    if (bad_pairs >> i & 1) s = c = QK_NAN;
+    if (!kScaled && factor != 1.0f) s = qk::mul(s, factor), c = qk::mul(c, factor);
     turn(i, c, s, c, s, f);
   }
 }
