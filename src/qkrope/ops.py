@@ -68,7 +68,7 @@ def _prepare(
     seq_len = extras.pop("seq_len", None)
     packed = qkv is not None
     sides = (packed or q is not None, packed or k is not None)
-    known = native_operands(spec, extras, sides) if extras else {}
+    known = native_operands(spec, extras, sides, packed) if extras else {}
     if torch.is_grad_enabled():
         named = {"qkv": qkv, "q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight}
         _refuse_grad(in_place, named | known)

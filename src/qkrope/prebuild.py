@@ -67,7 +67,7 @@ def _variant(
 ) -> Variant:
     reason = unsupported(spec, "cuda")
     if reason is not None:
-        raise ValueError(f"spec: {reason} is not run by the kernels of this release")
+        raise ValueError(f"spec: {reason} is not run by the cuda kernels of this release")
     name = dtype_name("dtype", dtype)
     weight = dtype_name("weight_dtype", weight_dtype) if weight_dtype is not None else name
     return Variant.of(spec, name, weight, weight, angle)

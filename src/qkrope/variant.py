@@ -24,8 +24,9 @@ def unsupported(spec: Spec, backend: str) -> str | None:
         return None
     if spec.v_norm is not None:
         return f"v_norm={spec.v_norm.kind!r}"
-    if spec.rope is not None and spec.rope.reverse:
-        return "rope.reverse=True"
+    for name in ("reverse", "mrope_section", "axes_dim"):
+        if spec.rope is not None and (value := getattr(spec.rope, name)):
+            return f"rope.{name}={value!r}"
     return _beyond_plain(spec)
 
 
@@ -53,7 +54,7 @@ def _beyond_plain(spec: Spec) -> str | None:
         return None
     if spec.rope.pairing not in ("half", "interleaved"):
         return f"rope.pairing={spec.rope.pairing!r}"
-    for name in ("offset", "pair_distance", "output_pairing", "mrope_section", "axes_dim"):
+    for name in ("offset", "pair_distance", "output_pairing"):
         if value := getattr(spec.rope, name):
             return f"rope.{name}={value!r}"
     return None

@@ -145,7 +145,7 @@ def _variants(args: argparse.Namespace, out: Output) -> list[Variant]:
     found: dict[Variant, None] = {}
     for spec in _specs(args, out):
         if reason := unsupported(spec, "cuda"):
-            raise UsageError(f"spec: no kernel runs {reason}")
+            raise UsageError(f"spec: no cuda kernel runs {reason}")
         for dtype in args.dtype or ["bfloat16"]:
             for angle in args.angles or ["phase"]:
                 weight = args.weight_dtype
