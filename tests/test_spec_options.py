@@ -300,6 +300,7 @@ def test_any_spec_round_trips_and_its_pairs_are_disjoint(one, two):
         ({"rope": Rope(64, freq_dim=128)}, None),
     ],
 )
-def test_what_no_kernel_runs_yet_is_named(change, name):
-    assert unsupported(spec(**change)) == name
-    assert unsupported(replace(spec(), **change)) == name
+def test_what_cuda_does_not_run_yet_is_named(change, name):
+    assert unsupported(spec(**change), "cuda") == name
+    assert unsupported(replace(spec(), **change), "cuda") == name
+    assert unsupported(spec(**change), "cpu") is None

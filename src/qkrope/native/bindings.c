@@ -271,8 +271,9 @@ FUNCTION(rows) {
 
 FUNCTION(block_warps) {
   (void)self;
-  if (n != 2) return qk_raise("TypeError", "block_warps: expected 2 arguments, got %d", n);
-  return return_int(result, qk_block_warps(args[0].v_int64, (int)args[1].v_int64));
+  if (n != 4) return qk_raise("TypeError", "block_warps: expected 4 arguments, got %d", n);
+  return return_int(result, qk_block_warps(args[0].v_int64, (int)args[1].v_int64,
+                                           (int)args[2].v_int64, (int)args[3].v_int64));
 }
 
 // force_grid(rows, warps a block): overrides the rules while the bench tries alternatives; (0, 0)

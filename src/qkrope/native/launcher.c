@@ -189,22 +189,31 @@ int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* ker
 
 static int slots_of(int heads, int a_slot) { return (heads + a_slot - 1) / a_slot; }
 
-// Heads of one token that a group of lanes serves, 1, 2 or `most`: the fewest that leave at most 20
-// warps a multiprocessor. More warps would not fit beside those of the next call, fewer would not
-// cover each other's latencies; and the more heads, the fewer times an angle is computed.
-int qk_rows(long long tokens, int q_heads, int k_heads, int groups, int most, int num_sms) {
+// Heads of one token that a group of lanes serves: 1, 2 or 4, at most QK_PASSES.
+// A small call: the fewest that leave at most 20 warps a multiprocessor. More warps would not fit
+// beside those of the next call, fewer would not cover each other's latencies; and the more heads,
+// the fewer times an angle is computed.
+// A large one: as many as make 32 bytes a lane in flight, which is where registers still allow 40
+// warps; but the most where groups cannot share a token's heads out evenly, and where rows are no
+// whole cache lines, which neighbouring heads of a group then share.
+int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms) {
+  const int groups = QK_GROUPS(head_dim), most = QK_PASSES(head_dim);
   int rows = 1;
-  for (; rows < most; rows *= 2) {
-    int slots = slots_of(q_heads, rows * groups) + slots_of(k_heads, rows * groups);
-    if (tokens * slots <= 20LL * num_sms) break;
-  }
-  return rows;
+  for (; rows < most; rows *= 2)
+    if (tokens * (slots_of(q_heads, rows * groups) + slots_of(k_heads, rows * groups)) <=
+        20LL * num_sms)
+      return rows;
+  const int lanes = QK_LANES(head_dim), best = size * QK_LANE_UNITS(head_dim) <= 2 ? 2 : 1;
+  const int even = q_heads % (best * groups) == 0 && k_heads % (best * groups) == 0;
+  return even && (lanes & (lanes - 1)) == 0 ? best : most;
 }
 
-// Warps a block: about five blocks a multiprocessor while the grid is small.
-int qk_block_warps(long long warps, int num_sms) {
+// Warps a block: about five blocks a multiprocessor while the grid is small; at most 8, or 4 of the
+// kernels that take more registers, where blocks of 8 would leave some unused.
+int qk_block_warps(long long warps, int head_dim, int rows, int num_sms) {
+  const int most = rows == 4 || QK_LANE_UNITS(head_dim) > 1 ? 4 : 8;
   long long block = (warps + 5LL * num_sms - 1) / (5LL * num_sms);
-  return block > QK_BLOCK_WARPS ? QK_BLOCK_WARPS : block < 1 ? 1 : (int)block;
+  return block > most ? most : block < 1 ? 1 : (int)block;
 }
 
 static long long mix(long long bits, const qk_launch_side* s, const qk_launch* p, int side) {

@@ -82,8 +82,8 @@ long long qk_slot_key(const qk_checked* call);
 qk_kernels* qk_cuda_load(int device, const void* cubin);
 int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
 void qk_force_grid(int rows, int warps);
-int qk_rows(long long tokens, int q_heads, int k_heads, int groups, int most, int num_sms);
-int qk_block_warps(long long warps, int num_sms);
+int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms);
+int qk_block_warps(long long warps, int head_dim, int rows, int num_sms);
 
 // One launch: which of a cubin's functions, and its grid and block.
 typedef struct {
