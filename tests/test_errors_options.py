@@ -5,9 +5,7 @@ As test_errors.py, for biases, scales, ranges of tokens, V and axes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +13,7 @@ import torch
 from torch import Tensor
 
 import qkrope
-from qkrope.spec import Norm, Rope
-from qkrope.variant import unsupported
 from refusals import (
-    AXES,
-    SPEC,
     UNPACKED,
     V_NORM,
     Row,
@@ -27,7 +21,6 @@ from refusals import (
     maker,
     packed,
     refuses,
-    snapshot,
     table,
 )
 
@@ -74,67 +67,6 @@ norm=1                              | T | norm | a keyword of qkrope.qk_norm_rop
 @table(OPTIONS)
 def test_a_wrong_option(device: str, call: Callable[..., Any], row: Row) -> None:
     n = maker(device)
-    refuses(call, {**good(n), **row.apply(n)}, row.error, row.name, *row.texts)
-
-
-# On CUDA alone: the CPU kernels run every Spec.
-UNSUPPORTED = {
-    "norm.kind='layer'": replace(SPEC, norm=Norm(kind="layer")),
-    "norm.kind='l2'": replace(SPEC, norm=Norm(kind="l2")),
-    "norm.scope='row'": replace(SPEC, norm=Norm(scope="row")),
-    "k_norm.kind='layer'": replace(SPEC, k_norm=Norm(kind="layer")),
-    "k_norm.scope='row'": replace(SPEC, k_norm=Norm(scope="row")),
-    "order='rope_first'": replace(SPEC, order="rope_first"),
-    "rounding='eager'": replace(SPEC, rounding="eager"),
-    "norm.dim=4": replace(SPEC, norm=Norm(dim=4)),
-    "v_norm='rms'": V_NORM,
-    "rope.offset=2": replace(SPEC, rope=Rope(dim=4, offset=2)),
-    "rope.reverse=True": replace(SPEC, rope=Rope(dim=4, reverse=True)),
-    "rope.pairing='block_half'": replace(SPEC, rope=Rope(dim=4, pairing="block_half")),
-    r"rope.mrope_section=\(1, 1\)": AXES,
-}
-
-
-@pytest.mark.parametrize("value", UNSUPPORTED)
-def test_a_spec_that_only_the_cpu_runs(value: str) -> None:
-    spec = UNSUPPORTED[value]
-    assert unsupported(spec, "cpu") is None
-    assert re.fullmatch(value, unsupported(spec, "cuda") or "")
-    qkrope.warmup(spec, device="cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("value", UNSUPPORTED)
-def test_a_spec_that_no_cuda_kernel_runs(cuda: str, value: str) -> None:
-    spec = UNSUPPORTED[value]
-    args = {**good(maker(cuda)), "spec": spec}
-    args["positions"] = args["positions"].expand(spec.position_axes or 1, 3)
-    if spec.q_norm.dim:
-        args |= {"q_weight": None, "k_weight": None}
-    for call in (qkrope.qk_norm_rope, qkrope.qk_norm_rope_):
-        before = snapshot(args)
-        with pytest.raises(ValueError, match=f"^spec: {value} is not run by .*qkrope.reference"):
-            call(**args)
-        assert all(torch.equal(a, b) for a, b in zip(before, snapshot(args), strict=True))
-    with pytest.raises(ValueError, match=f"^spec: {value} is not run"):
-        qkrope.warmup(spec, device=cuda)
-
-
-@pytest.mark.gpu
-@UNPACKED
-@table("""
-q_bias=n(8)                         | V | q_bias | got a value, which only the cpu
-k_bias=n(1, 8)                      | V | k_bias | got a value, which only the cpu
-q_weight=n(2, 8)                    | V | q_weight | a row for each head, which only the cpu
-q_scale=2.0                         | V | q_scale | got a value, which only the cpu
-k_scale=n(3, 1, 1)                  | V | k_scale | got a value, which only the cpu
-rotate_from=1                       | V | rotate_from | got a value, which only the cpu
-rotate_to=2                         | V | rotate_to | got a value, which only the cpu
-cos_sin=((n(3, 2),) * 2,) * 2       | V | cos_sin | tables for q and k apart
-k=None, cos_sin=(n(3, 2, 2),) * 2   | V | cos_sin | a row for each head
-""")
-def test_a_call_that_no_cuda_kernel_runs(cuda: str, call: Callable[..., Any], row: Row) -> None:
-    n = maker(cuda)
     refuses(call, {**good(n), **row.apply(n)}, row.error, row.name, *row.texts)
 
 

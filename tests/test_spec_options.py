@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from qkrope.rope import MAX_AXES, PAIRINGS
 from qkrope.rounding import letters
 from qkrope.spec import MAX_HEAD_DIM, Linear, LongRoPE, Norm, Rope, Spec, YaRN
-from qkrope.variant import unsupported
 
 
 def spec(**changes):
@@ -278,29 +276,3 @@ def test_any_spec_round_trips_and_its_pairs_are_disjoint(one, two):
     # Channels that are written are those that are read: the others stay where they are.
     assert {c for p in one.pairs for c in p} == {c for p in one.output_pairs for c in p}
     assert len(one.pair_axes) == len(one.pairs) and max(one.pair_axes) < max(one.position_axes, 1)
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ({"norm": Norm(dim=64)}, "norm.dim=64"),
-        ({"k_norm": Norm(dim=64)}, "k_norm.dim=64"),
-        ({"v_norm": Norm()}, "v_norm='rms'"),
-        ({"rounding": ("C/h", "B/h")}, "rounding=('C/h', 'B/h')"),
-        ({"rope": Rope(pairing="block_half")}, "rope.pairing='block_half'"),
-        ({"rope": Rope(64, offset=2)}, "rope.offset=2"),
-        ({"rope": Rope(64, pair_distance=64)}, "rope.pair_distance=64"),
-        ({"rope": Rope(reverse=True)}, "rope.reverse=True"),
-        (
-            {"rope": Rope(pairing="interleaved", output_pairing="half")},
-            "rope.output_pairing='half'",
-        ),
-        ({"rope": Rope(mrope_section=(32, 32))}, "rope.mrope_section=(32, 32)"),
-        ({"rope": Rope(axes_dim=(64, 64))}, "rope.axes_dim=(64, 64)"),
-        ({"rope": Rope(64, freq_dim=128)}, None),
-    ],
-)
-def test_what_cuda_does_not_run_yet_is_named(change, name):
-    assert unsupported(spec(**change), "cuda") == name
-    assert unsupported(replace(spec(), **change), "cuda") == name
-    assert unsupported(spec(**change), "cpu") is None

@@ -101,7 +101,9 @@ class Options:
             getattr(self, name).check(name, head_dim)
         pairs = rotary_dim // 2
         if self.pair_distance is not None and (pairing != "half" or self.pair_distance < pairs):
-            raise ValueError(f"pair_distance: got {self.pair_distance} with {pairs} {pairing} pairs")
+            raise ValueError(
+                f"pair_distance: got {self.pair_distance} with {pairs} {pairing} pairs"
+            )
         if pairing == "block_half" and rotary_dim % 4:
             raise ValueError(f"rotary_dim: expected a multiple of 4, got {rotary_dim}")
         if self.output_half and pairing != "interleaved":

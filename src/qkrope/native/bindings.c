@@ -100,8 +100,7 @@ FUNCTION(plan_new) {
   plan->num_frac = v->rotary_dim / 2;
   plan->frac = (qk_frac*)copy_of(&args[2], plan->num_frac * sizeof(qk_frac));
   plan->pairs = (qk_pair*)copy_of(&args[3], plan->num_frac * sizeof(qk_pair));
-  if (!plan->frac || !plan->pairs)
-    return qk_raise("MemoryError", "plan_new: out of memory");
+  if (!plan->frac || !plan->pairs) return qk_raise("MemoryError", "plan_new: out of memory");
   return return_int(result, (int64_t)(uintptr_t)plan);
 }
 _Static_assert(sizeof(qk_side_variant) == 7 * sizeof(int), "as plan.py writes it");
@@ -215,9 +214,9 @@ FUNCTION(cuda_bind) {
   return return_int(result, 0);
 }
 
-// cuda_prepare(address, mask of kernels, num_sms, the arguments of qk_norm_rope): what a call on CUDA
-// would launch, for tests that run the kernels without a GPU. Address 0 -> the key of its kernels;
-// else one of these for each part that has tokens goes there -> how many.
+// cuda_prepare(address, mask of kernels, num_sms, the arguments of qk_norm_rope): what a call on
+// CUDA would launch, for tests that run the kernels without a GPU. Address 0 -> the key of its
+// kernels; else one of these for each part that has tokens goes there -> how many.
 typedef struct {
   qk_grid grid;
   union {
@@ -259,8 +258,8 @@ FUNCTION(cuda_launch_bytes) {
 }
 _Static_assert(sizeof(prepared) == 32 + sizeof(qk_launch_general), "as tests/emulated.py reads it");
 
-// rows(tokens, q heads, k heads, groups, most, num_sms), block_warps(warps, num_sms): the rules of
-// the grid, for their tests.
+// rows(tokens, q heads, k heads, head_dim, bytes an element, num_sms), block_warps(warps, head_dim,
+// rows, num_sms): the rules of the grid, for their tests.
 FUNCTION(rows) {
   (void)self;
   if (n != 6) return qk_raise("TypeError", "rows: expected 6 arguments, got %d", n);

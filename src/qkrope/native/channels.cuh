@@ -52,16 +52,14 @@ __device__ constexpr int out_b(int j) {
 __device__ constexpr int norm_a(int j) { return QK_ROPE_FIRST ? out_a(j) : in_a(j); }
 __device__ constexpr int norm_b(int j) { return QK_ROPE_FIRST ? out_b(j) : in_b(j); }
 // The entries of a table with one a channel: as many as turn, in the order of the written channels.
-__device__ constexpr int entry_a(int j) {
-  return QK_PAIRING == QK_HALF ? j : out_a(j) - kOffset;
-}
+__device__ constexpr int entry_a(int j) { return QK_PAIRING == QK_HALF ? j : out_a(j) - kOffset; }
 __device__ constexpr int entry_b(int j) {
   return QK_PAIRING == QK_HALF ? kRotatedPairs + j : out_b(j) - kOffset;
 }
 
 // ---- axes of positions ------------------------------------------------------------------------
 
-constexpr int kAxes = QK_AXES;                         // 0: positions have none
+constexpr int kAxes = QK_AXES;                            // 0: positions have none
 constexpr int kAxisPairs[QK_MAX_AXES] = {QK_AXIS_PAIRS};  // turning pairs that each takes
 
 __device__ constexpr int pairs_before(int axis) {

@@ -192,8 +192,7 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
   unsigned bad_pairs = 0;
   const bool early = p.plain.early_weights && !more.weight_head;
   if (Is::kTurns && kPhase && kEarlyFrac) read_frac(p.plain, first, frac);
-  if (Is::kNorm != QK_NORM_NONE && early)
-    read_weight<kSide, kBytes>(side, more, 0, first, weight);
+  if (Is::kNorm != QK_NORM_NONE && early) read_weight<kSide, kBytes>(side, more, 0, first, weight);
   wait_for_previous();
 
   // 3. Load: the position, on which the angles wait, and every head in flight at once.
@@ -216,8 +215,8 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
   Angles angles;
   auto set_angles = [&](int head) {
     if (kTable)
-      angles_of_table<kSide>(p.plain, place, at.cos + head * p.cos_head,
-                             at.sin + head * p.sin_head, first, angles);
+      angles_of_table<kSide>(p.plain, place, at.cos + head * p.cos_head, at.sin + head * p.sin_head,
+                             first, angles);
     else
       angles_of_phase<kSide>(place, p.plain.attention_factor, first, frac, bad_pairs, angles);
   };

@@ -287,21 +287,19 @@ static int forced_rows, forced_warps;
 
 void qk_force_grid(int rows, int warps) { forced_rows = rows, forced_warps = warps; }
 
-int qk_choose_kernel(const qk_kernels* kernels, int aligned, int heads_of_q, int others,
-                     long long tokens, int head_dim, int* rows, long long* answer) {
-  const int most = QK_PASSES(head_dim);
+int qk_choose_kernel(const qk_kernels* kernels, int aligned, int q_heads, int k_heads,
+                     long long tokens, int head_dim, int size, int* rows, long long* answer) {
   void* const* functions = kernels->function;
   if (functions[0] && aligned) {
     *rows = forced_rows ? forced_rows
-                        : qk_rows(tokens, heads_of_q, others, QK_GROUPS(head_dim), most,
-                                  kernels->num_sms);
+                        : qk_rows(tokens, q_heads, k_heads, head_dim, size, kernels->num_sms);
     return *rows == 4 ? 2 : *rows - 1;
   }
   static int said[2];  // a slow path announces itself, once
   int why = functions[0] ? 0 : 1;
   if (!said[why]) *answer = -1 - why;
   said[why] = 1;
-  *rows = most;
+  *rows = QK_PASSES(head_dim);
   return QK_SCALAR;
 }
 
@@ -317,7 +315,7 @@ void qk_shape_grid(const qk_kernels* kernels, unsigned tokens, int slots, int ro
                    qk_grid* out) {
   const unsigned tokens_a_warp = QK_ON_TOKENS(head_dim, rows) ? QK_GROUPS(head_dim) : 1;
   const unsigned warps = (tokens + tokens_a_warp - 1) / tokens_a_warp;
-  unsigned block = qk_block_warps((long long)warps * slots, kernels->num_sms);
+  unsigned block = qk_block_warps((long long)warps * slots, head_dim, rows, kernels->num_sms);
   if (forced_warps) block = forced_warps;
   const unsigned blocks = (warps + block - 1) / block;
   out->grid[0] = slots;
@@ -330,11 +328,12 @@ void qk_shape_grid(const qk_kernels* kernels, unsigned tokens, int slots, int ro
 
 void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
                 const qk_params* params, qk_launch* p, qk_grid* out, long long* answer) {
-  const int head_dim = c->variant.head_dim;
+  const int head_dim = c->variant.head_dim, size = c->variant.dtype == QK_F32 ? 4 : 2;
   int rows;
-  qk_fill_launch(params, c->variant.dtype == QK_F32 ? 4 : 2, frac, p);
-  out->function = qk_choose_kernel(kernels, kernels->function[0] && is_aligned(c, p), p->side[0].heads, p->side[1].heads,
-                                   p->tokens, head_dim, &rows, answer);
+  qk_fill_launch(params, size, frac, p);
+  const int aligned = kernels->function[0] && is_aligned(c, p);
+  out->function = qk_choose_kernel(kernels, aligned, p->side[0].heads, p->side[1].heads, p->tokens,
+                                   head_dim, size, &rows, answer);
   p->q_slots = qk_shape_side(&p->side[0], rows, head_dim);
   const int slots = p->q_slots + qk_shape_side(&p->side[1], rows, head_dim);
   qk_shape_grid(kernels, p->tokens, slots, rows, head_dim, out);

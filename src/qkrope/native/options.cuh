@@ -1,6 +1,6 @@
 // options.cuh: what a variant does to a head beyond the plain norm and rotation: each kind of norm
-// and rounding, weights, biases and scales, angles by axis, by table and by head. What the Spec says
-// of q, k and v is compiled in, what a call brings is asked for as it runs.
+// and rounding, weights, biases and scales, angles by axis, by table and by head. What the Spec
+// says of q, k and v is compiled in, what a call brings is asked for as it runs.
 #include "channels.cuh"
 
 namespace {
@@ -192,7 +192,9 @@ template <int kNorm>
 __device__ __forceinline__ float minus_mean(float x, float mean) {
   return kNorm == QK_NORM_LAYER ? qk::add(x, -mean) : x;
 }
-__device__ __forceinline__ void add_to(float& squares, float x) { squares = qk::fma(x, x, squares); }
+__device__ __forceinline__ void add_to(float& squares, float x) {
+  squares = qk::fma(x, x, squares);
+}
 __device__ __forceinline__ void add_to(Sum& sum, float x) { sum = join(sum, {x, 0.0f}); }
 
 // The lane's part of the sum of x (a Sum), or of the squares of x - mean. Units are summed on their
@@ -268,7 +270,8 @@ __device__ __forceinline__ void normalise_all(Values& v, const Span& span, const
   }
 }
 
-// What a call multiplies the normalised head with: a number, or a tensor's element for each channel.
+// What a call multiplies the normalised head with: a number, or a tensor's element for each
+// channel.
 template <int kSide>
 __device__ __forceinline__ void scale_all(const qk_launch_extra& more, long long token, int head,
                                           int first, Values& v) {

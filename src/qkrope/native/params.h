@@ -150,7 +150,8 @@ typedef struct {
   long long cos_dim[QK_MAX_DIMS], sin_dim[QK_MAX_DIMS];
 } qk_launch;
 
-// What general.cu reads more: of q, k and v, and of the call. Strides are in elements, but for x and y.
+// What general.cu reads more: of q, k and v, and of the call. Strides are in elements, but for x
+// and y.
 typedef struct {
   const void *bias, *scale_of;  // null: none, and `scale` alone
   long long weight_head, bias_head, scale_head, scale_channel, scale_dim[QK_MAX_DIMS];
@@ -169,8 +170,8 @@ typedef struct {
   int ranged;  // not all tokens turn, as in qk_params
   unsigned last_size, rotate_from, rotate_to;
   int k_slots;  // blocks below it in x, and not q's, serve k, the rest v
-  // A norm of whole rows: as many warps of a block are on one token of a side, whose blocks begin at
-  // first_block; k's follow q's and v's follow k's.
+  // A norm of whole rows: as many warps of a block are on one token of a side, whose blocks begin
+  // at first_block; k's follow q's and v's follow k's.
   int team_warps[3];
   long long first_block[3];
 } qk_launch_general;
@@ -186,7 +187,6 @@ typedef struct {
 #define QK_PASSES(head_dim) (QK_LANE_UNITS(head_dim) <= 1 ? 4 : 2)
 // The groups of a warp are side by side on tokens, or (fewer rows) on the heads of one token.
 #define QK_ON_TOKENS(head_dim, rows) ((rows) == QK_PASSES(head_dim))
-#define QK_BLOCK_WARPS 8  // at most
 // Norms of whole rows: heads a group of lanes holds at once, and warps that a token has at most.
 #define QK_TEAM_ROWS(head_dim) (4 / QK_LANE_UNITS(head_dim))
 #define QK_TEAM_WARPS(head_dim) (QK_LANE_UNITS(head_dim) <= 2 ? 16 : 8)

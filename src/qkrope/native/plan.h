@@ -39,7 +39,7 @@ typedef struct {
   float attention_factor;
   int num_frac;
   qk_frac* frac;
-  qk_pair* pairs;       // as many as frac
+  qk_pair* pairs;  // as many as frac
   qk_slot* slots;
 } qk_plan;
 
@@ -99,8 +99,8 @@ void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk
                         long long* answer);
 // What the two share.
 void qk_fill_launch(const qk_params* part, int item, const qk_frac* frac, qk_launch* launch);
-int qk_choose_kernel(const qk_kernels* kernels, int aligned, int heads_of_q, int others,
-                     long long tokens, int head_dim, int* rows, long long* answer);
+int qk_choose_kernel(const qk_kernels* kernels, int aligned, int q_heads, int k_heads,
+                     long long tokens, int head_dim, int size, int* rows, long long* answer);
 int qk_shape_side(qk_launch_side* side, int rows, int head_dim);  // -> its slots in grid x
 void qk_shape_grid(const qk_kernels* kernels, unsigned tokens, int slots, int rows, int head_dim,
                    qk_grid* grid);
