@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from qkrope import _native
 from qkrope.cuda import compile as compiling
-from qkrope.variant import ANGLES, DTYPES, Variant
+from qkrope.cuda.launch import variant_of
+from qkrope.variant import Variant
 
 HERE = Path(__file__).parent / "emulate"
 NAMES = ("vector1", "vector2", "vector4", "scalar")  # by the numbers of plan.h
 # -fsanitize=alignment: a GPU faults where a CPU does not mind.
 FLAGS = (
-    *("-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"),
+    *("-x", "c++", "-std=c++17", "-O0", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"),
     *("-shared", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
-    *("-Wno-unknown-pragmas", "-w", "-mfma", "-mf16c"),
+    *("-w", *(("-mfma", "-mf16c") if platform.machine() == "x86_64" else ())),
 )
 NUM_SMS = 2  # so few that small calls reach every number of rows
 MOST_PARTS = 3
@@ -57,9 +61,13 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 @cache
 def kernels(variant: Variant) -> Any:
     """`qk_emulate` of a variant, compiled once a process."""
+    return compiled(source(variant))
+
+
+def compiled(text: str) -> Any:
+    """`qk_emulate` of a source."""
     compiler = shutil.which("g++")
     assert compiler, "g++ is needed, as it is to build the package"
-    text = source(variant)
     path = Path(_folder().name) / f"{hashlib.sha256(text.encode()).hexdigest()}.so"
     done = subprocess.run(
         [compiler, *FLAGS, "-o", path, "-"], input=text, text=True, capture_output=True
@@ -85,19 +93,35 @@ class _Prepared(ctypes.Structure):
     _fields_ = (("grid", _Grid), ("launch", ctypes.c_char * _native.lib().cuda_launch_bytes()))
 
 
-def emulate(plan: Any, *operands: Any, num_sms: int = NUM_SMS) -> None:
-    """Run a call as CUDA would; the arguments of `qkrope.cpu.qk_norm_rope`."""
+@dataclass
+class Launch:
+    """One launch of a call: the kernel's number in NAMES may be changed before it runs."""
+
+    variant: Variant
+    prepared: _Prepared
+
+    def run(self, kernels: Callable[[Variant], Any] = kernels) -> str | None:
+        """None, or what a GPU would not have borne."""
+        grid = self.prepared.grid
+        address = ctypes.addressof(self.prepared) + _Prepared.launch.offset
+        run = kernels(self.variant)
+        problem = run(grid.function, grid.grid, grid.block, ctypes.c_void_p(address))
+        return problem if problem is None else problem.decode()
+
+
+def launches(plan: Any, *operands: Any, num_sms: int = NUM_SMS) -> list[Launch]:
+    """What a call on CUDA would launch; the arguments of `qkrope.cpu.qk_norm_rope`."""
     prepare = _native.lib().cuda_prepare
     key = prepare(0, 0, num_sms, plan.handle, *operands)
-    names = (DTYPES[key >> at & mask] for at, mask in ((1, 7), (4, 15), (8, 15)))
-    angle, general = ANGLES[key >> 12 & 7], bool(key >> 15 & 1)
-    variant = Variant.of(plan.spec, *names, angle, general)
+    variant = variant_of(plan.spec, key)
     mask = sum(1 << i for i, name in enumerate(NAMES) if name in variant.kernels)
-    launches = (_Prepared * MOST_PARTS)()
-    address = ctypes.addressof(launches)
-    count = prepare(address, mask, num_sms, plan.handle, *operands)
-    for one in launches[:count]:
-        grid = one.grid
-        launch = ctypes.addressof(one) + _Prepared.launch.offset
-        problem = kernels(variant)(grid.function, grid.grid, grid.block, ctypes.c_void_p(launch))
-        assert problem is None, f"{NAMES[grid.function]} of {variant}: {problem.decode()}"
+    found = (_Prepared * MOST_PARTS)()
+    count = prepare(ctypes.addressof(found), mask, num_sms, plan.handle, *operands)
+    return [Launch(variant, one) for one in found[:count]]
+
+
+def emulate(plan: Any, *operands: Any, num_sms: int = NUM_SMS) -> None:
+    """Run a call as CUDA would, in the place of `qkrope.cpu.qk_norm_rope`."""
+    for launch in launches(plan, *operands, num_sms=num_sms):
+        problem = launch.run()
+        assert problem is None, f"{NAMES[launch.prepared.grid.function]}: {problem}"

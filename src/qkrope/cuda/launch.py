@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .._native import entry, lib, refuse_foreign
+from ..spec import Spec
 from ..variant import ANGLES, DTYPES, Variant
 from .compile import arch_name, compile_variant
 
@@ -58,16 +59,19 @@ def build(plan: Any, key: int) -> None:
             "graph is being captured; call qkrope.warmup(spec, device, dtype) with the call's "
             "dtypes and seq_len, or make the call once, before the capture"
         )
-    dtype, q_weight, k_weight = (
-        DTYPES[key >> at & mask] for at, mask in ((1, 7), (4, 15), (8, 15))
-    )
-    general = bool(key >> 15 & 1)
-    variant = Variant.of(plan.spec, dtype, q_weight, k_weight, ANGLES[key >> 12 & 7], general)
-    device = key >> 16
+    variant, device = variant_of(plan.spec, key), key >> 16
     with _lock:
         if (plan.handle, key) not in _bound:
             lib().cuda_bind(plan.handle, key, device, load(variant, device))
             _bound.add((plan.handle, key))
+
+
+def variant_of(spec: Spec, key: int) -> Variant:
+    """What runs a Spec's calls of this key."""
+    dtype, q_weight, k_weight = (
+        DTYPES[key >> at & mask] for at, mask in ((1, 7), (4, 15), (8, 15))
+    )
+    return Variant.of(spec, dtype, q_weight, k_weight, ANGLES[key >> 12 & 7], bool(key >> 15 & 1))
 
 
 def slot_key(variant: Variant, device: int) -> int:

@@ -42,24 +42,25 @@ __device__ constexpr int in_b(int j) {
   if (!kTwoRuns) return 2 * j + 1;
   return j < kRotatedPairs ? in_a(j) + kDistance : unturned(j + kPairs - 2 * kRotatedPairs);
 }
+template <bool kMove>
 __device__ constexpr int out_a(int j) {
-  return kMoves && rotated(j) ? kOffset + j - kFirstTurning : in_a(j);
+  return kMove && rotated(j) ? kOffset + j - kFirstTurning : in_a(j);
 }
+template <bool kMove>
 __device__ constexpr int out_b(int j) {
-  return kMoves && rotated(j) ? out_a(j) + kRotatedPairs : in_b(j);
+  return kMove && rotated(j) ? out_a<kMove>(j) + kRotatedPairs : in_b(j);
 }
-// Where the norm sees them.
-__device__ constexpr int norm_a(int j) { return QK_ROPE_FIRST ? out_a(j) : in_a(j); }
-__device__ constexpr int norm_b(int j) { return QK_ROPE_FIRST ? out_b(j) : in_b(j); }
 // The entries of a table with one a channel: as many as turn, in the order of the written channels.
-__device__ constexpr int entry_a(int j) { return QK_PAIRING == QK_HALF ? j : out_a(j) - kOffset; }
+__device__ constexpr int entry_a(int j) {
+  return QK_PAIRING == QK_HALF ? j : out_a<kMoves>(j) - kOffset;
+}
 __device__ constexpr int entry_b(int j) {
-  return QK_PAIRING == QK_HALF ? kRotatedPairs + j : out_b(j) - kOffset;
+  return QK_PAIRING == QK_HALF ? kRotatedPairs + j : out_b<kMoves>(j) - kOffset;
 }
 
 // ---- axes of positions ------------------------------------------------------------------------
 
-constexpr int kAxes = QK_AXES;                            // 0: positions have none
+constexpr int kAxes = QK_AXES;                         // 0: positions have none
 constexpr int kAxisPairs[QK_MAX_AXES] = {QK_AXIS_PAIRS};  // turning pairs that each takes
 
 __device__ constexpr int pairs_before(int axis) {
@@ -105,8 +106,8 @@ __device__ constexpr bool lanes_are_whole() {
     if (kTwoRuns ? !runs(from, kCount, in_a) || !runs(from, kCount, in_b)
                  : !runs_in_order(from, in_a, in_b))
       return false;
-    if (two ? !runs(from, kCount, out_a) || !runs(from, kCount, out_b)
-            : !runs_in_order(from, out_a, out_b))
+    if (two ? !runs(from, kCount, out_a<kMoves>) || !runs(from, kCount, out_b<kMoves>)
+            : !runs_in_order(from, out_a<kMoves>, out_b<kMoves>))
       return false;
   }
   return true;

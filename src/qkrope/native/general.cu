@@ -73,22 +73,23 @@ struct Row {
     }
     return v;
   }
+  template <bool kMove>
   __device__ __forceinline__ static void store(char* to, int first, const Values& v) {
     if constexpr (kBytes > 0) {
       unsigned out[kWords];
-      if (kTwoRuns || (kMoves && rotated(first))) {
+      if (kTwoRuns || (kMove && rotated(first))) {
         pack(out, [&](int e) { return e < kCount ? v.a[e % kCount] : v.b[e % kCount]; });
-        store_run<kWords / 2, kBytes>(to + out_a(first) * kSize, out);
-        store_run<kWords / 2, kBytes>(to + out_b(first) * kSize, out + kWords / 2);
+        store_run<kWords / 2, kBytes>(to + out_a<kMove>(first) * kSize, out);
+        store_run<kWords / 2, kBytes>(to + out_b<kMove>(first) * kSize, out + kWords / 2);
       } else {
         pack(out, [&](int e) { return e % 2 ? v.b[e / 2] : v.a[e / 2]; });
-        store_run<kWords, kBytes>(to + out_a(first) * kSize, out);
+        store_run<kWords, kBytes>(to + out_a<kMove>(first) * kSize, out);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         if (!is_there(first, i)) continue;
-        take(v.a[i], to, out_a(first + i)), take(v.b[i], to, out_b(first + i));
+        take(v.a[i], to, out_a<kMove>(first + i)), take(v.b[i], to, out_b<kMove>(first + i));
       }
     }
   }
@@ -259,7 +260,7 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
     if constexpr (Is::kRest != QK_NORM_NONE)
       statistics<Is::kRest, Is::kSpec.round_norm, kHeadDim - Is::kSpec.dim>(
           work, values, others, more.rest_eps, head, rest);
-    if (kMoves) __syncwarp();  // in place, a lane writes what another has read
+    if (Is::kMove) __syncwarp();  // in place, a lane writes what another has read
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int h = head + i * work.step;
@@ -276,7 +277,7 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
       }
       if (more.scale_of || more.scale != 1.0f) scale_all<kSide>(more, at.scale, h, first, v);
       if (!QK_ROPE_FIRST) turned(v, h);
-      Row<kBytes>::store(side.y + at.y + h * side.y_head, first, v);
+      Row<kBytes>::template store<Is::kMove>(side.y + at.y + h * side.y_head, first, v);
     }
   }
 }

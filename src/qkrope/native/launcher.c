@@ -283,9 +283,10 @@ void qk_fill_launch(const qk_params* p, int item, const qk_frac* frac, qk_launch
 }
 
 // For the bench that justifies the rules above: heads a group, warps a block; 0 is the rule.
-static int forced_rows, forced_warps;
+static int forced_rows, forced_warps, epoch;
 
-void qk_force_grid(int rows, int warps) { forced_rows = rows, forced_warps = warps; }
+void qk_force_grid(int rows, int warps) { forced_rows = rows, forced_warps = warps, ++epoch; }
+int qk_grid_epoch(void) { return epoch; }
 
 int qk_choose_kernel(const qk_kernels* kernels, int aligned, int q_heads, int k_heads,
                      long long tokens, int head_dim, int size, int* rows, long long* answer) {
@@ -339,48 +340,65 @@ void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked
   qk_shape_grid(kernels, p->tokens, slots, rows, head_dim, out);
 }
 
-static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* params, void* stream,
-                  long long* answer) {
-  union {
-    qk_launch plain;
-    qk_launch_general general;
-  } p;
-  qk_grid shape;
-  if (params->tokens > INT32_MAX)
-    return qk_raise("ValueError", "q, k: got %lld tokens, expected at most 2^31 - 1",
-                    params->tokens);
-  if (c->general)
-    qk_prepare_general(slot->kernels, slot->frac, c, params, &p.general, &shape, answer);
-  else
-    qk_prepare(slot->kernels, slot->frac, c, params, &p.plain, &shape, answer);
+static int submit(void* function, const qk_grid* grid, const void* launch, void* stream) {
   launch_attribute attribute;
   memset(&attribute, 0, sizeof attribute);
   attribute.id = PROGRAMMATIC_STREAM_SERIALIZATION;
   attribute.value.flag = 1;
   launch_config config;
   memset(&config, 0, sizeof config);
-  memcpy(config.grid, shape.grid, sizeof config.grid);
-  memcpy(config.block, shape.block, sizeof config.block);
+  memcpy(config.grid, grid->grid, sizeof config.grid);
+  memcpy(config.block, grid->block, sizeof config.block);
   config.stream = stream;
   config.attributes = &attribute;
   config.num_attributes = 1;
-  void* arguments[] = {&p};
-  TRY(LaunchKernelEx(&config, slot->kernels->function[shape.function], arguments, 0));
+  void* arguments[] = {(void*)launch};
+  TRY(LaunchKernelEx(&config, function, arguments, 0));
   return 0;
 }
 
-int qk_cuda_run(const qk_plan* plan, const qk_checked* c, void* stream, long long* answer) {
+static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* params, void* stream,
+                  long long* answer, qk_ready* ready) {
+  if (params->tokens > INT32_MAX)
+    return qk_raise("ValueError", "q, k: got %lld tokens, expected at most 2^31 - 1",
+                    params->tokens);
+  const qk_kernels* kernels = slot->kernels;
+  if (c->general) {
+    qk_launch_general p;
+    qk_grid grid;
+    qk_prepare_general(kernels, slot->frac, c, params, &p, &grid, answer);
+    return submit(kernels->function[grid.function], &grid, &p, stream);
+  }
+  qk_ready here, *to = ready ? ready : &here;
+  qk_prepare(kernels, slot->frac, c, params, &to->launch, &to->grid, answer);
+  to->function = kernels->function[to->grid.function];
+  if (submit(to->function, &to->grid, &to->launch, stream)) return -1;
+  if (to->grid.function == QK_SCALAR) to->function = 0;
+  return 0;
+}
+
+int qk_cuda_run(const qk_plan* plan, const qk_checked* c, void* stream, long long* answer,
+                qk_ready* ready) {
   long long key = qk_slot_key(c);
   const qk_slot* slot = find_slot(plan, c, key);
+  if (ready) ready->function = 0;
   if (!slot) {
     *answer = key;
     return 0;
   }
   int pushed, status = 0;
   if (enter(c->device_id, &pushed)) return -1;
-  for (int i = 0; i < c->num_parts && !status; ++i) {
-    if (c->part[i].tokens) status = launch(slot, c, &c->part[i], stream, answer);
-  }
+  for (int i = 0; i < c->num_parts && !status; ++i)
+    if (c->part[i].tokens)
+      status = launch(slot, c, &c->part[i], stream, answer, c->num_parts == 1 ? ready : 0);
+  leave(pushed);
+  return status;
+}
+
+int qk_cuda_again(const qk_ready* ready, int device, void* stream) {
+  int pushed;
+  if (enter(device, &pushed)) return -1;
+  int status = submit(ready->function, &ready->grid, &ready->launch, stream);
   leave(pushed);
   return status;
 }

@@ -40,7 +40,7 @@ template <int kSide>
 struct Of {
   static constexpr SideSpec kSpec = kSides[kSide];
   static constexpr int kNorm = kSpec.norm, kRest = kSpec.rest;
-  static constexpr bool kTurns = kRotates && kSide != kV;
+  static constexpr bool kTurns = kRotates && kSide != kV, kMove = kTurns && kMoves;
   static constexpr bool kRow = kSpec.row && kNorm != QK_NORM_NONE;
   static constexpr bool kWhole = kSpec.dim == kHeadDim;
   static constexpr bool kRounds = kSpec.round_norm != QK_ROUND_ONCE;
@@ -48,6 +48,16 @@ struct Of {
   static constexpr bool kRoundedAngle =
       kSpec.round_turn == QK_TURN_B || kSpec.round_turn == QK_TURN_H;
 };
+
+// The channels of pair j where the norm sees them.
+template <int kSide>
+__device__ constexpr int norm_a(int j) {
+  return QK_ROPE_FIRST ? out_a<Of<kSide>::kMove>(j) : in_a(j);
+}
+template <int kSide>
+__device__ constexpr int norm_b(int j) {
+  return QK_ROPE_FIRST ? out_b<Of<kSide>::kMove>(j) : in_b(j);
+}
 
 struct Round {
   __device__ __forceinline__ static float round(float x) {
@@ -90,7 +100,7 @@ __device__ __forceinline__ void read_channels(const char* row, int type, int fir
   constexpr int kDim = Of<kSide>::kSpec.weight_dim, kRun = kTwoRuns ? kCount : 2 * kCount;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) to.a[i] = to.b[i] = absent;
-  if constexpr (kBytes > 0 && kDim % kRun == 0 && !(QK_ROPE_FIRST && kMoves)) {
+  if constexpr (kBytes > 0 && kDim % kRun == 0 && !(QK_ROPE_FIRST && Of<kSide>::kMove)) {
     if constexpr (kTwoRuns) {
       if (kDim == kHeadDim || in_a(first) < kDim) read_run<kCount>(row, type, in_a(first), to.a);
       if (kDim == kHeadDim || in_b(first) < kDim) read_run<kCount>(row, type, in_b(first), to.b);
@@ -104,7 +114,7 @@ __device__ __forceinline__ void read_channels(const char* row, int type, int fir
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (!is_there(first, i)) continue;
-      const int a = norm_a(first + i), b = norm_b(first + i);
+      const int a = norm_a<kSide>(first + i), b = norm_b<kSide>(first + i);
       if (kDim == kHeadDim || a < kDim) to.a[i] = table_value(row, type, a);
       if (kDim == kHeadDim || b < kDim) to.b[i] = table_value(row, type, b);
     }
@@ -130,8 +140,8 @@ __device__ __forceinline__ void read_weight(const qk_launch_side& side, const qk
   if (!Is::kSteps && offset == 0.0f && other == 0.0f) return;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const bool a = Is::kWhole || norm_a(first + i) < Is::kSpec.dim;
-    const bool b = Is::kWhole || norm_b(first + i) < Is::kSpec.dim;
+    const bool a = Is::kWhole || norm_a<kSide>(first + i) < Is::kSpec.dim;
+    const bool b = Is::kWhole || norm_b<kSide>(first + i) < Is::kSpec.dim;
     w.a[i] = qk::effective_weight(w.a[i], a ? offset : other);
     w.b[i] = qk::effective_weight(w.b[i], b ? offset : other);
     if (Is::kSteps) w.a[i] = Round::round(w.a[i]), w.b[i] = Round::round(w.b[i]);
@@ -152,7 +162,7 @@ __device__ __forceinline__ Span span_of(int first) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     if (!is_there(first, i)) continue;
-    const bool a = norm_a(first + i) < Is::kSpec.dim, b = norm_b(first + i) < Is::kSpec.dim;
+    const bool a = norm_a<kSide>(first + i) < Is::kSpec.dim, b = norm_b<kSide>(first + i) < Is::kSpec.dim;
     span.a |= (unsigned)(a != kRest) << i, span.b |= (unsigned)(b != kRest) << i;
   }
   return span;
@@ -283,8 +293,8 @@ __device__ __forceinline__ void scale_all(const qk_launch_extra& more, long long
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     if (!is_there(first, i)) continue;
-    v.a[i] = qk::mul(v.a[i], scale(norm_a(first + i)));
-    v.b[i] = qk::mul(v.b[i], scale(norm_b(first + i)));
+    v.a[i] = qk::mul(v.a[i], scale(norm_a<kSide>(first + i)));
+    v.b[i] = qk::mul(v.b[i], scale(norm_b<kSide>(first + i)));
     if (Of<kSide>::kRounds) v.a[i] = Round::round(v.a[i]), v.b[i] = Round::round(v.b[i]);
   }
 }
