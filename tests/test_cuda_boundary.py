@@ -149,6 +149,7 @@ def test_out_and_positions_of_both_sides() -> None:
 
 DRIVER = r"""
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 typedef struct { unsigned grid[3], block[3], shared; void *stream, *list; unsigned n; } config;
 int cuGetErrorName(int e, const char** s) { *s = "?"; return 0; }
@@ -166,6 +167,9 @@ int cuMemAlloc_v2(void** p, size_t n) { static char memory[65536]; *p = memory; 
 int cuMemcpyHtoD_v2(void* p, const void* from, size_t n) { return 0; }
 int cuStreamSynchronize(void* s) { return 0; }
 int cuLaunchKernelEx(const config* c, void* f, void** arguments, void** extra) {
+  void** at = *arguments;  // x, y, weight of q; of k 72 bytes on; the positions
+  if (getenv("POINTERS"))
+    printf("%p %p %p %p %p %p %p ", at[0], at[1], at[2], at[9], at[10], at[11], at[18]);
   printf("%s %u %u %u %u %u\n", (char*)f, c->grid[0], c->grid[1], c->grid[2], c->block[0],
          c->block[1]);
   fflush(stdout);
@@ -192,21 +196,71 @@ for tokens, heads, dim, shift in eval(sys.argv[2]):
 """
 
 
-def launches(tmp_path: Path, calls: list[tuple[int, tuple[int, int], int, int]]) -> list[str]:
-    """kernel, grid (x, y, z) and block (x, y) of calls of (tokens, heads, head_dim, elements that
-    the base is moved by).
-    """
+AGAIN = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+import torch
+from qkrope import _native
+from test_cuda_boundary import Spec, Rope, key, native, operands
+kernels = _native.lib().cuda_load(0, id(sys))
+spec = Spec(32, 8, 128, rope=Rope(theta=1e6))
+kept = []
+def call(tokens, dtype=torch.int64):
+    packed = operands(spec, packed=True)
+    packed[2] = torch.zeros(tokens, 48 * 128, dtype=torch.bfloat16)
+    packed[5:] = [w.clone() for w in packed[5:7]] + [torch.arange(tokens, dtype=dtype)]
+    kept.append(packed)
+    _native.lib().cuda_bind(packed[0], key(spec), 0, kernels)
+    return packed
+def run(packed):
+    sys.stdout.flush()
+    answer = native(packed)
+    if answer is None:
+        print("refused", flush=True)
+        return
+    q, k = packed[2].data_ptr(), packed[2].data_ptr() + 32 * 128 * 2
+    given = [0 if t is None else t.data_ptr() for t in packed[5:]]
+    addresses = [q, q, given[0], k, k, given[1], given[2]]
+    print(*(hex(a) if a else "(nil)" for a in addresses), answer, flush=True)
+for tokens in (64, 64, 64, 3, 64):
+    run(call(tokens))
+run(call(64, torch.int32))
+_native.lib().force_grid(4, 8)
+run(call(64))
+_native.lib().force_grid(0, 0)
+one = call(64)
+run(one)
+one[5] = one[2].view(-1)[:128]  # a weight in the memory that is written over
+run(one)
+one[5] = None
+run(one)
+"""
+
+
+def noted(tmp_path: Path, script: str, *arguments: str, **environment: str) -> list[str]:
+    """The lines of a script that runs with a driver which takes notes."""
     source, library = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
     source.write_text(DRIVER)
     flags = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"]
     subprocess.run(["gcc", *flags, "-o", library, source], check=True)
-    command = [sys.executable, "-W", "ignore", "-c", LAUNCH, str(library), repr(calls)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-W", "ignore", "-c", script, str(library), *arguments]
+    env = {
+        **os.environ,
+        **environment,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env=env, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def launches(tmp_path: Path, calls: list[tuple[int, tuple[int, int], int, int]]) -> list[str]:
+    """kernel, grid (x, y, z) and block (x, y) of calls of (tokens, heads, head_dim, elements that
+    the base is moved by).
+    """
+    return noted(tmp_path, LAUNCH, repr(calls))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real driver is loaded here")
@@ -234,6 +288,20 @@ def test_kernels_and_grids(tmp_path: Path) -> None:
         "qkrope_scalar 10 32 1 32 1",
         "qkrope_scalar 2 32 1 32 1",
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real driver is loaded here")
+def test_a_call_like_the_last_one(tmp_path: Path) -> None:
+    """Its checks and layout are not made again; addresses, and whatever differs, are its own."""
+    lines = noted(tmp_path, AGAIN, POINTERS="1")
+    assert lines.pop(16) == "refused"  # the overlap is seen although the description is the same
+    shapes = []
+    for launched, expected in zip(lines[::2], lines[1::2], strict=True):
+        assert launched.split()[:7] == expected.split()[:7] and expected.split()[7] == "0"
+        shapes.append(" ".join(launched.split()[7:]))
+    usual, short = "qkrope_vector1 20 32 1 32 2", "qkrope_vector1 20 3 1 32 1"
+    forced = "qkrope_vector4 10 4 1 32 8"
+    assert shapes == [*[usual] * 3, short, usual, usual, forced, usual, usual]
 
 
 def test_a_wrong_call_raises() -> None:

@@ -74,22 +74,6 @@ int qk_check(const qk_call* call, qk_checked* out);
 void qk_fracs_of_inv_freq(const void* inv_freq, int is_double, long long step, int reverse, int n,
                           qk_frac* out);
 
-// launcher.c
-// *answer: > 0, nothing ran and these kernels are to be bound first; 0; or -1 (unaligned rows) or
-// -2 (no aligned layout) the first time such a call took the slow kernel.
-// Where the call is one plain launch of a vector kernel and `ready` is not null, it is copied there;
-// else ready->function is null.
-int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long long* answer,
-                struct qk_ready* ready);
-int qk_cuda_again(const struct qk_ready* ready, int device, void* stream);
-long long qk_slot_key(const qk_checked* call);
-qk_kernels* qk_cuda_load(int device, const void* cubin);
-int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
-void qk_force_grid(int rows, int warps);
-int qk_grid_epoch(void);  // another number whenever the grid was forced or set free
-int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms);
-int qk_block_warps(long long warps, int head_dim, int rows, int num_sms);
-
 // One launch: which of a cubin's functions, and its grid and block.
 typedef struct {
   int function;
@@ -97,11 +81,27 @@ typedef struct {
 } qk_grid;
 
 // A plain call's launch, whole.
-typedef struct qk_ready {
+typedef struct {
   void* function;
   qk_grid grid;
   qk_launch launch;
 } qk_ready;
+
+// launcher.c
+// *answer: > 0, nothing ran and these kernels are to be bound first; 0; or -1 (unaligned rows) or
+// -2 (no aligned layout) the first time such a call took the slow kernel.
+// Where the call is one plain launch of a vector kernel and `ready` is not null, it is copied there;
+// else ready->function is null.
+int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long long* answer,
+                qk_ready* ready);
+int qk_cuda_again(const qk_ready* ready, int device, void* stream);
+long long qk_slot_key(const qk_checked* call);
+qk_kernels* qk_cuda_load(int device, const void* cubin);
+int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
+void qk_force_grid(int rows, int warps);
+int qk_grid_epoch(void);  // another number whenever the grid was forced or set free
+int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms);
+int qk_block_warps(long long warps, int head_dim, int rows, int num_sms);
 
 // The launch of one part, laid out: launcher.c, and launch_general.c where qk_checked.general.
 void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* call,
