@@ -87,7 +87,6 @@ def test_python_dash_m() -> None:
         ["run", "missing.safetensors"],
         ["build", "--arch", "ninety"],
         ["build", "--arch", "sm_90", "--jobs", "0"],
-        ["build", "--arch", "sm_90", "--norm", "layer"],
         ["cache", "burn"],
     ],
     ids=" ".join,
@@ -317,6 +316,19 @@ def test_build_many_and_a_failure(run_json: Callable[..., Any], capsys: Capture)
     assert all("sm_10" in f["error"] for f in got["failed"])
     assert main(["build", "--arch", "sm_80", *SMALL]) == 0
     assert "registers" in capsys.readouterr().out
+
+
+def test_build_the_options(run_json: Callable[..., Any]) -> None:
+    """A Spec with options has one kernel; one without, beside its own that of a call's options."""
+    pytest.importorskip("cuda.core", reason="the extra qkrope[cuda] is not installed")
+    argv = ("build", "--arch", "sm_90", "--head-dim", "64")
+    for flags, found in (
+        (["--norm", "layer"], [True]),
+        (["--options"], [False, True]),
+        (["--norm", "layer", "--options"], [True]),
+    ):
+        built = run_json(*argv, *flags)["built"]
+        assert sorted(b["variant"]["options"] is not None for b in built) == found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the architecture to take")

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import qkrope
+from option_variants import OPTION_VARIANTS
 from qkrope.cuda import cache
 from qkrope.cuda import compile as compiling
 from qkrope.errors import CompileError
@@ -90,10 +91,10 @@ def test_what_the_key_covers(monkeypatch: pytest.MonkeyPatch) -> None:
     before = compiling.key(VARIANT, ARCH)
     assert compiling.key(VARIANT, ARCH) == before
     changed = {compiling.key(VARIANT, "sm_80"), compiling.key(OTHER, ARCH)}
-    body = compiling._body()
+    body = compiling._body(compiling._PLAIN)
     for name, value in (
-        ("_body", lambda: body + " "),
-        ("_body", lambda: body.replace("kLanes", "kLane5", 1)),
+        ("_body", lambda _: body + " "),
+        ("_body", lambda _: body.replace("kLanes", "kLane5", 1)),
         ("compiler", lambda: "nvidia-cuda-nvrtc 99.0"),
         ("STANDARD", "c++20"),
         ("SCHEMA", compiling.SCHEMA + 1),
@@ -105,20 +106,25 @@ def test_what_the_key_covers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiling.key(VARIANT, ARCH) == before
 
 
-def test_the_key_covers_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("general", [False, True], ids=["plain", "general"])
+def test_the_key_covers_every_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, general: bool
+) -> None:
     """A changed line in any file that a kernel is made of is another key; no include is left."""
-    assert "#include" not in compiling.source(VARIANT)
+    one = OPTION_VARIANTS["row"] if general else VARIANT
+    sources = compiling._GENERAL if general else compiling._PLAIN
+    assert "#include" not in compiling.source(one)
     keys = set()
-    for name in (None, *compiling._SOURCES):
-        for source in compiling._SOURCES:
+    for name in (None, *sources):
+        for source in sources:
             text = compiling._native.resource("native", source).read_text()
             (tmp_path / source).write_text(text + ("// changed\n" if source == name else ""))
         with monkeypatch.context() as patch:
             patch.setattr(compiling._native, "resource", lambda *parts: tmp_path / parts[-1])
             compiling._body.cache_clear()
-            keys.add(compiling.key(VARIANT, ARCH))
+            keys.add(compiling.key(one, ARCH))
     compiling._body.cache_clear()
-    assert len(keys) == 1 + len(compiling._SOURCES) and compiling.key(VARIANT, ARCH) in keys
+    assert len(keys) == 1 + len(sources) and compiling.key(one, ARCH) in keys
 
 
 def damaged(data: bytes) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ import torch
 
 import emulated
 import qkrope
+import test_groups_op
 from cases import Call, Recipe, assert_same_bits
 from qkrope import _native, cpu
 from qkrope.spec import Norm, Rope, Spec
@@ -76,6 +77,12 @@ SHAPES = {
     ),
     "block_half": Recipe(Spec(3, 3, 64, rope=Rope(pairing="block_half")), angle="channel"),
     "layer of 1024": Recipe(Spec(2, 1, 1024, norm=Norm("layer")), dtype=FP32, bias=True),
+    "eager, float32 weight": Recipe(
+        Spec(3, 2, 64, norm=Norm("layer", weight_offset=1.0), rounding="A/f"),
+        weight_dtype=FP32,
+        bias=True,
+        scale="token",
+    ),
     "head of 2": Recipe(Spec(3, 2, 2, norm=Norm("layer"), order="rope_first")),
     "row": Recipe(Spec(24, 24, 128, norm=ROW), weight_shape="row"),
     "rows, long and short": Recipe(
@@ -93,6 +100,11 @@ SHAPES = {
 def test_a_shape(device: str, name: str) -> None:
     """What models have: wide heads, rows longer than a block holds at once, aligned maps."""
     run_every_form(SHAPES[name], device)
+
+
+@pytest.mark.parametrize("name", ["gated", "mlp", "thirds", "indexer"])
+def test_groups(device: str, name: str) -> None:
+    test_groups_op.test_groups(device, name, BF16)
 
 
 def outputs(
@@ -127,16 +139,20 @@ def test_one_tree(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             seen.add(emulated.NAMES[launch.prepared.grid.function])
             assert launch.run() is None
 
+    def same(recipe: Recipe, run: Callable[..., None]) -> None:
+        again = outputs(monkeypatch, recipe, run)[1]
+        for y, other in zip(first, again, strict=True):
+            assert_same_bits(y, other)
+
     for sms in (1, 2, 4):
-        for y, again in zip(first, outputs(monkeypatch, recipe, partial(run, num_sms=sms))[1]):
-            assert_same_bits(y, again)
-    for y, again in zip(first, outputs(monkeypatch, recipe.but(layout="odd"), run)[1]):
-        assert_same_bits(y, again)
+        same(recipe, partial(run, num_sms=sms))
+    same(recipe.but(layout="odd"), run)
     for rows, warps in ((1, 3), (2, 1), (4, 8)) if name == "plain" else ():
         _native.lib().force_grid(rows, warps)
-        for y, again in zip(first, outputs(monkeypatch, recipe, run)[1]):
-            assert_same_bits(y, again)
-    _native.lib().force_grid(0, 0)
+        try:
+            same(recipe, run)
+        finally:
+            _native.lib().force_grid(0, 0)
     assert seen >= {"scalar", "vector1"} if name == "row" else {"scalar", "vector4"} & seen
     alone = recipe.make()
     at = tuple(n - 1 for n in recipe.lead)
@@ -145,8 +161,8 @@ def test_one_tree(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(cpu, "qk_norm_rope", emulated.emulate)
     weights = alone.q_weight, alone.k_weight
     one = qkrope.qk_norm_rope(q, k, *weights, positions, recipe.spec, **alone.extras)
-    for y, again in zip(first, one):
-        assert_same_bits(y[at][None], again)
+    for y, other in zip(first, one, strict=True):
+        assert_same_bits(y[at][None], other)
 
 
 @pytest.mark.parametrize("scale", [None, 1.5], ids=["plain", "general"])
@@ -180,7 +196,7 @@ OneLaunch = Callable[[Recipe], emulated.Launch]
 
 @pytest.fixture
 def one_launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneLaunch]:
-    """The only launch of a recipe's call, which has not run; its tensors live as long as the test."""
+    """The only launch of a recipe's call, not run yet; its tensors live as long as the test."""
     alive = []
 
     def make(recipe: Recipe) -> emulated.Launch:

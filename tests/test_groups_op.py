@@ -71,6 +71,12 @@ def layouts(dtype: torch.dtype) -> dict[str, tuple[int, list[Group]]]:
     }
 
 
+def on(group: Group, device: str) -> Group:
+    """The group with its tensors on a device."""
+    tensors = {name: getattr(group, name) for name in ("weight", "bias", "positions")}
+    return replace(group, **{n: None if t is None else t.to(device) for n, t in tensors.items()})
+
+
 def exact(x: Tensor, groups: list[Group], positions: Tensor, **angles: Any) -> Tensor:
     """Criterion terms in the place of each group's heads; elsewhere |x|."""
     terms = x.double().abs()
@@ -87,18 +93,20 @@ def exact(x: Tensor, groups: list[Group], positions: Tensor, **angles: Any) -> T
 
 @DTYPES
 @pytest.mark.parametrize("name", ["gated", "mlp", "thirds", "indexer"])
-def test_groups(isa: str, name: str, dtype: torch.dtype) -> None:
+def test_groups(backend: str, name: str, dtype: torch.dtype) -> None:
     """The groups by the criterion; not a bit of the other columns, nor of the row's gaps."""
     width, groups = layouts(dtype)[name]
-    buffer = draw(2, 9, width + 5, seed=6, dtype=dtype)
-    x, before = buffer[..., 2:-3], buffer.clone()
+    there = [on(group, backend) for group in groups]
+    before = draw(2, 9, width + 5, seed=6, dtype=dtype)
     positions = torch.arange(18).view(2, 9) * 7919
     for angles in ({}, {"rotate_from": 2, "rotate_to": 8}):
-        buffer.copy_(before)
-        given = before[..., 2:-3]
-        assert qkrope.norm_rope_groups_(x, groups, positions, **angles) is None
+        buffer = before.to(backend, copy=True)
+        given, x = before[..., 2:-3], buffer[..., 2:-3]
+        assert qkrope.norm_rope_groups_(x, there, positions.to(backend), **angles) is None
+        buffer = buffer.cpu()
         ref = reference.norm_rope_groups(given, groups, positions, **angles)
-        assert_criterion(x, ref, exact(given, groups, positions, **angles), dtype)
+        terms = exact(given, groups, positions, **angles)
+        assert_criterion(buffer[..., 2:-3], ref, terms, dtype)
         changed = bits(buffer) != bits(before)
         for group in groups:
             assert bool(group.view(changed[..., 2:-3]).any())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qkrope.rope import MAX_AXES, PAIRINGS
 from qkrope.rounding import letters
 from qkrope.spec import MAX_HEAD_DIM, Linear, LongRoPE, Norm, Rope, Spec, YaRN
+from qkrope.variant import Variant, is_general
 
 
 def spec(**changes):
@@ -276,3 +277,39 @@ def test_any_spec_round_trips_and_its_pairs_are_disjoint(one, two):
     # Channels that are written are those that are read: the others stay where they are.
     assert {c for p in one.pairs for c in p} == {c for p in one.output_pairs for c in p}
     assert len(one.pair_axes) == len(one.pairs) and max(one.pair_axes) < max(one.position_axes, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "general"),
+    [
+        ({}, False),
+        ({"k_norm": Norm("none")}, False),
+        ({"norm": Norm("none", scope="row")}, False),
+        ({"rope": None}, False),
+        ({"rope": Rope(64, freq_dim=128)}, False),
+        ({"rope": Rope(reverse=True)}, False),
+        ({"v_norm": Norm()}, False),
+        ({"norm": Norm("l2")}, True),
+        ({"norm": Norm(scope="row")}, True),
+        ({"norm": Norm(dim=64)}, True),
+        ({"k_norm": Norm("layer")}, True),
+        ({"order": "rope_first"}, True),
+        ({"rounding": ("C/h", "B/h")}, True),
+        ({"rope": Rope(pairing="block_half")}, True),
+        ({"rope": Rope(64, offset=2)}, True),
+        ({"rope": Rope(64, pair_distance=64)}, True),
+        ({"rope": Rope(pairing="interleaved", output_pairing="half")}, True),
+        ({"rope": Rope(mrope_section=(32, 32))}, True),
+        ({"rope": Rope(axes_dim=(64, 64))}, True),
+    ],
+)
+def test_what_takes_the_general_kernels(change, general):
+    """qk_variant.general; a V norm and, with a caller's angles, a reversed rotation do on CUDA."""
+    one = spec(**change)
+    assert is_general(one) == general
+    angles = ("table", "inv_freq", "phase") if one.rope else ("none",)
+    for angle in angles:
+        reads = one.rope is not None and one.rope.reverse and angle != "phase"
+        options = Variant.of(one, "bfloat16", None, "float32", angle).options
+        assert (options is not None) == (general or reads or one.v_norm is not None)
+        assert Variant.of(one, "bfloat16", None, None, angle, general=True).options is not None

@@ -183,8 +183,7 @@ def qk_norm_rope(
 
     Returns (q, k), or (q, k, v) where v is given.
     Raises TypeError and ValueError naming argument, expected and got, before anything is written;
-    CompileError where the kernel cannot be built. What the CUDA kernels do not run yet is refused
-    by name there (``docs/support.md``).
+    CompileError where the kernel cannot be built.
     """
     if _by_dynamo() or (q.__class__ is not Tensor and _is_traced()):
         from . import torch_op

@@ -55,19 +55,24 @@ def warmup(
         from .cuda import launch
 
         for angle in ("phase", "inv_freq", "table") if spec.rotary_dim else ("none",):
-            variant = _variant(spec, dtype, weight_dtype, angle)
             owner = plan_of(bare_of(spec)) if angle == "table" else plan
-            launch.build(owner, launch.slot_key(variant, _index(where)))
+            variants = (_variant(spec, dtype, weight_dtype, angle, g) for g in (False, True))
+            for variant in dict.fromkeys(variants):
+                launch.build(owner, launch.slot_key(variant, _index(where)))
     else:
         raise ValueError(f"device: expected cpu or cuda, got {where}")
 
 
 def _variant(
-    spec: Spec, dtype: torch.dtype, weight_dtype: torch.dtype | None, angle: str
+    spec: Spec,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    angle: str,
+    general: bool = False,
 ) -> Variant:
     name = dtype_name("dtype", dtype)
     weight = dtype_name("weight_dtype", weight_dtype) if weight_dtype is not None else name
-    return Variant.of(spec, name, weight, weight, angle)
+    return Variant.of(spec, name, weight, weight, angle, general)
 
 
 def _index(device: torch.device) -> int:

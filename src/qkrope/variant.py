@@ -136,7 +136,8 @@ class Variant:
         """The same of the general kernel, whose lanes it goes through."""
         assert self.options is not None
         pairs, count = self.head_dim // 2, 4 * self.lane_units
-        if pairs % count or self.rotary_dim // 2 % count:
+        turning = self.options.offset // 2, self.rotary_dim // 2
+        if pairs % count or (self.options.output_half and any(n % count for n in turning)):
             return 0
         read, written = self.options.lane_pairs(self.head_dim, self.rotary_dim, self.pairing)
         for at in range(0, pairs, count):

@@ -1,4 +1,4 @@
-"""The knobs of the general CUDA kernel: what of a Spec it is compiled for beside a plain Variant."""
+"""The knobs of the general CUDA kernel: what it is compiled for beside a plain Variant's."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class SideOptions:
 
     @classmethod
     def of(cls, norm: Norm, letters: Letters | None, head_dim: int) -> SideOptions:
+        """Those of a norm, and the letters of its rounding, None for "once"."""
         parts = norm.parts(head_dim)
         rest = parts[-1].norm.kind if len(parts) > 1 else "none"
         row = norm.scope == "row" and norm.kind != "none"
@@ -39,7 +40,7 @@ class SideOptions:
         return cls(norm.kind, row, parts[0].stop, rest, weight_dim, *(letters or ("", "")))
 
     def check(self, name: str, head_dim: int) -> None:
-        # Twins of fits() in options.cuh.
+        """Raise ValueError where such a side cannot be: the twin of fits() in options.cuh."""
         if not (2 <= self.dim <= head_dim and (self.dim == head_dim or not self.row)):
             raise ValueError(f"{name}.dim: got {self.dim} of head_dim {head_dim}")
         if self.rest != "none" and self.dim == head_dim:
@@ -74,6 +75,7 @@ class Options:
 
     @classmethod
     def of(cls, spec: Spec) -> Options:
+        """Those of a Spec."""
         rope, (q, k) = spec.rope or Rope(), spec.roundings
         head_dim, rotates = spec.head_dim, spec.rope is not None
         return cls(

@@ -9,7 +9,9 @@ inline float widen_half(unsigned short bits) {
 }
 
 inline unsigned half_of(float x) { return bits_as<unsigned short>((_Float16)x); }
-inline unsigned narrow_to_halves(float low, float high) { return half_of(low) | half_of(high) << 16; }
+inline unsigned narrow_to_halves(float low, float high) {
+  return half_of(low) | half_of(high) << 16;
+}
 
 inline unsigned bfloat_of(float x) {
   const unsigned bits = __float_as_uint(x);

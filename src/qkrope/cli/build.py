@@ -42,6 +42,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="from positions and the Spec, from positions and the caller's inv_freq, or from the "
         "caller's cos and sin; repeatable; default phase",
     )
+    parser.add_argument(
+        "--options",
+        action="store_true",
+        help="also the kernels of calls that bring more than weights: a bias, a scale, a weight or "
+        "table for each head, tokens that do not turn",
+    )
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
     add_spec_flags(parser)
     parser.set_defaults(run=run)
@@ -147,7 +153,8 @@ def _variants(args: argparse.Namespace, out: Output) -> list[Variant]:
         for dtype in args.dtype or ["bfloat16"]:
             for angle in args.angles or ["phase"]:
                 weight = args.weight_dtype
-                found[Variant.of(spec, dtype, weight, weight, angle)] = None
+                for general in (False, True) if args.options else (False,):
+                    found[Variant.of(spec, dtype, weight, weight, angle, general)] = None
     return list(found)
 
 

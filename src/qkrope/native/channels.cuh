@@ -60,7 +60,7 @@ __device__ constexpr int entry_b(int j) {
 
 // ---- axes of positions ------------------------------------------------------------------------
 
-constexpr int kAxes = QK_AXES;                         // 0: positions have none
+constexpr int kAxes = QK_AXES;                            // 0: positions have none
 constexpr int kAxisPairs[QK_MAX_AXES] = {QK_AXIS_PAIRS};  // turning pairs that each takes
 
 __device__ constexpr int pairs_before(int axis) {
@@ -71,8 +71,7 @@ __device__ constexpr int pairs_before(int axis) {
 
 // The axis whose position turns number r of the turning pairs.
 __device__ __forceinline__ int axis_of(int r) {
-  int axis = 0;
-  if (QK_AXES_INTERLEAVED) {
+  if constexpr (QK_AXES_INTERLEAVED) {
     constexpr int kTurn = kAxes > 0 ? kAxes : 1;
     const int a = r % kTurn;
     const int end = a == 0   ? 0
@@ -80,10 +79,12 @@ __device__ __forceinline__ int axis_of(int r) {
                     : a == 2 ? kTurn * kAxisPairs[2]
                              : kTurn * kAxisPairs[3];
     return r < end ? a : 0;
-  }
+  } else {
+    int axis = 0;
 #pragma unroll
-  for (int a = 1; a < kAxes; ++a) axis += r >= pairs_before(a);
-  return axis;
+    for (int a = 1; a < kAxes; ++a) axis += r >= pairs_before(a);
+    return axis;
+  }
 }
 
 // ---- limits -----------------------------------------------------------------------------------
@@ -100,17 +101,15 @@ __device__ constexpr bool runs_in_order(int from, int (*a)(int), int (*b)(int)) 
   return a(from) % (2 * kCount) == 0;
 }
 __device__ constexpr bool lanes_are_whole() {
-  if (!kFullLanes || !kWholeLanes) return false;
-  for (int from = 0; from < kPairs; from += kCount) {
+  bool whole = kFullLanes && (kWholeLanes || !kMoves);
+  for (int from = 0; whole && from < kPairs; from += kCount) {
     const bool two = kTwoRuns || (kMoves && rotated(from));
-    if (kTwoRuns ? !runs(from, kCount, in_a) || !runs(from, kCount, in_b)
-                 : !runs_in_order(from, in_a, in_b))
-      return false;
-    if (two ? !runs(from, kCount, out_a<kMoves>) || !runs(from, kCount, out_b<kMoves>)
-            : !runs_in_order(from, out_a<kMoves>, out_b<kMoves>))
-      return false;
+    whole = (kTwoRuns ? runs(from, kCount, in_a) && runs(from, kCount, in_b)
+                      : runs_in_order(from, in_a, in_b)) &&
+            (two ? runs(from, kCount, out_a<kMoves>) && runs(from, kCount, out_b<kMoves>)
+                 : runs_in_order(from, out_a<kMoves>, out_b<kMoves>));
   }
-  return true;
+  return whole;
 }
 __device__ constexpr int last_channel() {
   int last = 0;

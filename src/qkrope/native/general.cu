@@ -4,7 +4,7 @@
 // QK_ROTARY_DIM, QK_PAIRING, QK_DTYPE, QK_ANGLE, QK_VECTOR_BYTES, QK_OFFSET, QK_DISTANCE,
 // QK_OUTPUT_HALF, QK_ROPE_FIRST, QK_REVERSE, QK_AXES, QK_AXIS_PAIRS, QK_AXES_INTERLEAVED, QK_SIDES,
 // QK_HAS_V are the variant.
-#include "options.cuh"
+#include "angles.cuh"
 
 namespace {
 
@@ -126,9 +126,12 @@ __device__ __forceinline__ Part team_sum(Part x, const Work& work) {
   for (int step = 16; step; step /= 2) x = join(x, shuffled(x, (threadIdx.x ^ step) % 32));
   if (threadIdx.x == 0) sums[threadIdx.y] = x;
   __syncthreads();
-  x = sums[work.team_begin];
-  for (int i = 1; i < work.team_warps; ++i) x = join(x, sums[work.team_begin + i]);
-  return x;
+  x = {};
+  if ((int)threadIdx.x < work.team_warps) x = sums[work.team_begin + threadIdx.x];
+#pragma unroll
+  for (int step = QK_TEAM_WARPS(kHeadDim) / 2; step; step /= 2)
+    x = join(x, shuffled(x, (threadIdx.x ^ step) % 32));
+  return shuffled(x, 0);
 }
 
 // The sum over all heads of a token of x, or of the squares of x - mean; `values` gives row i of
@@ -139,7 +142,7 @@ __device__ __forceinline__ Part row_sum(const Work& work, Load& load, Value& val
   Part sum = {};
   for (int chunk = 0; chunk < work.chunks; ++chunk) {
     const int head = work.head + chunk * kRows * work.step;
-    if (work.chunks > 1) load(head);
+    if (work.chunks > 1) load(chunk * kRows);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int h = head + i * work.step;
@@ -193,24 +196,27 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
   unsigned bad_pairs = 0;
   const bool early = p.plain.early_weights && !more.weight_head;
   if (Is::kTurns && kPhase && kEarlyFrac) read_frac(p.plain, first, frac);
-  if (Is::kNorm != QK_NORM_NONE && early) read_weight<kSide, kBytes>(side, more, 0, first, weight);
+  if (Is::kNorm != QK_NORM_NONE && early)
+    read_weight<kSide, kBytes>(side, more, side.weight, first, weight);
   wait_for_previous();
 
   // 3. Load: the position, on which the angles wait, and every head in flight at once.
   Place place = {{}, false};
   if (Is::kTurns && work.turns) place = read_place(p, p.plain.pos + at.pos);
   Row<kBytes> rows[kRows];
-  auto load = [&](int head) {
+  // From where the group's heads are, and to the next of them, so that a head takes one addition.
+  const char* const x = side.x + at.x + work.head * side.x_head;
+  const long long x_step = work.step * side.x_head;
+  auto load = [&](int row) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       rows[i].clear();
-      const int h = head + i * work.step;
-      if (h < work.end) rows[i].load(side.x + at.x + h * side.x_head, first);
+      if (work.head + (row + i) * work.step < work.end) rows[i].load(x + (row + i) * x_step, first);
     }
   };
-  load(work.head);
+  load(0);
   if (Is::kNorm != QK_NORM_NONE && !early && !more.weight_head)
-    read_weight<kSide, kBytes>(side, more, 0, first, weight);
+    read_weight<kSide, kBytes>(side, more, side.weight, first, weight);
 
   // 4. Angles: once for the token, unless each head has its own.
   Angles angles;
@@ -239,21 +245,25 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
   const Span span = span_of<kSide, false>(first), others = span_of<kSide, true>(first);
   Statistic whole[kRows] = {}, rest[kRows] = {};
   if constexpr (Is::kRow) {
-    const float count = (float)side.heads * kHeadDim;
+    const float share = p.row_share[work.side];
     Statistic all = {0.0f, 0.0f};
     if constexpr (Is::kNorm == QK_NORM_LAYER) {
       const Sum sum = row_sum<QK_NORM_NONE, Sum, kRows>(work, load, values, span, 0.0f);
-      all.mean = __fdiv_rn(qk::add(sum.high, sum.low), count);
+      all.mean = qk::mul(qk::add(sum.high, sum.low), share);
     }
     const float squares = row_sum<Is::kNorm, float, kRows>(work, load, values, span, all.mean);
-    const float mean_square = __fdiv_rn(squares, count);
-    all.by = scale_by<Is::kNorm, Is::kSpec.round_norm>(squares, mean_square, side.eps);
+    all.by = scale_by<Is::kNorm, Is::kSpec.round_norm>(squares, qk::mul(squares, share), side.eps);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) whole[i] = all;
   }
+  char* const y = side.y + at.y + work.head * side.y_head;
+  const long long y_step = work.step * side.y_head;
+  const int weight_size = more.weight_dtype == QK_F32 ? 4 : 2;
+  const char* const own = (const char*)side.weight + work.head * more.weight_head * weight_size;
+  const long long own_step = work.step * more.weight_head * weight_size;
   for (int chunk = 0; chunk < (kChunks ? work.chunks : 1); ++chunk) {
-    const int head = work.head + chunk * kRows * work.step;
-    if (kChunks && work.chunks > 1) load(head);
+    const int row = chunk * kRows, head = work.head + row * work.step;
+    if (kChunks && work.chunks > 1) load(row);
     if constexpr (Is::kNorm != QK_NORM_NONE && !Is::kRow)
       statistics<Is::kNorm, Is::kSpec.round_norm, Is::kSpec.dim>(work, values, span, side.eps, head,
                                                                  whole);
@@ -268,16 +278,18 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
       Values v = values(i, h);
       if constexpr (Is::kNorm != QK_NORM_NONE) {
         Values bias;
-        if (more.weight_head) read_weight<kSide, kBytes>(side, more, h, first, weight);
+        if (more.weight_head)
+          read_weight<kSide, kBytes>(side, more, own + (row + i) * own_step, first, weight);
         if (more.bias) {
-          const char* row = row_of(more.bias, more.bias_dtype, h * more.bias_head);
-          read_channels<kSide, kBytes>(row, more.bias_dtype, first, 0.0f, bias);
+          const char* from = row_of(more.bias, more.bias_dtype, h * more.bias_head);
+          read_channels<kSide, kBytes>(from, more.bias_dtype, first, 0.0f, bias);
+          if (Is::kSteps) round_all(bias);
         }
         normalise_all<kSide>(v, span, whole[i], rest[i], weight, bias, more.bias);
       }
       if (more.scale_of || more.scale != 1.0f) scale_all<kSide>(more, at.scale, h, first, v);
       if (!QK_ROPE_FIRST) turned(v, h);
-      Row<kBytes>::template store<Is::kMove>(side.y + at.y + h * side.y_head, first, v);
+      Row<kBytes>::template store<Is::kMove>(y + (row + i) * y_step, first, v);
     }
   }
 }
@@ -299,7 +311,9 @@ __device__ __forceinline__ void run(const qk_launch_general& p) {
     work.side = block < p.first_block[kK] ? kQ : !QK_HAS_V || block < p.first_block[kV] ? kK : kV;
     work.team_warps = p.team_warps[work.side];
     if (!work.team_warps) return;  // the whole block: one too many of a grid in two dimensions
-    const unsigned teams = blockDim.y / work.team_warps, team = threadIdx.y / work.team_warps;
+    const unsigned teams = p.teams[work.side];
+    const unsigned team =
+        teams == 1 ? threadIdx.y >= (unsigned)work.team_warps : threadIdx.y / work.team_warps;
     const long long at = (block - p.first_block[work.side]) * teams + team;
     work.team_begin = team * work.team_warps;
     work.step = work.team_warps * kGroups;

@@ -108,6 +108,7 @@ static void shape_teams(const qk_kernels* kernels, const qk_checked* c, qk_launc
   for (int i = 0; i < SIDES; ++i) {
     const int needed = (side_of(p, i)->heads + heads_a_warp - 1) / heads_a_warp;
     p->team_warps[i] = needed > most ? most : needed;
+    if (needed) p->row_share[i] = 1.0f / ((float)side_of(p, i)->heads * head_dim);
     if (p->team_warps[i] > block) block = p->team_warps[i];
   }
   // Short rows: several tokens a block once every multiprocessor has some.
@@ -117,6 +118,7 @@ static void shape_teams(const qk_kernels* kernels, const qk_checked* c, qk_launc
     p->first_block[i] = blocks;
     if (!p->team_warps[i]) continue;
     const int tokens = block / p->team_warps[i];  // of a block
+    p->teams[i] = tokens;
     blocks += (p->plain.tokens + (long long)tokens - 1) / tokens;
   }
   out->grid[1] = (unsigned)((blocks + INT32_MAX - 1) / INT32_MAX);

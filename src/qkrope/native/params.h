@@ -173,6 +173,8 @@ typedef struct {
   // A norm of whole rows: as many warps of a block are on one token of a side, whose blocks begin
   // at first_block; k's follow q's and v's follow k's.
   int team_warps[3];
+  unsigned teams[3];   // of a block
+  float row_share[3];  // 1 / channels of a row
   long long first_block[3];
 } qk_launch_general;
 
