@@ -90,8 +90,8 @@ typedef struct {
 // launcher.c
 // *answer: > 0, nothing ran and these kernels are to be bound first; 0; or -1 (unaligned rows) or
 // -2 (no aligned layout) the first time such a call took the slow kernel.
-// Where the call is one plain launch of a vector kernel and `ready` is not null, it is copied there;
-// else ready->function is null.
+// Where the call is one plain launch of a vector kernel and `ready` is not null, it is copied
+// there; else ready->function is null.
 int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long long* answer,
                 qk_ready* ready);
 int qk_cuda_again(const qk_ready* ready, int device, void* stream);

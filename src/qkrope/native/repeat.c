@@ -1,5 +1,6 @@
-// repeat.c: what the checks and the layout of a call depend on besides its addresses does not change
-// from layer to layer. Where this thread's last plain call on CUDA had the same, both are done.
+// repeat.c: what the checks and the layout of a call depend on besides its addresses does not
+// change from layer to layer. Where this thread's last plain call on CUDA had the same, both are
+// done.
 #include "repeat.h"
 
 #include <string.h>

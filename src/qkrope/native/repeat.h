@@ -1,4 +1,5 @@
-// repeat.h: the call that an engine makes once a layer, known again by everything but its addresses.
+// repeat.h: the call that an engine makes once a layer, known again by everything but its
+// addresses.
 #ifndef QKROPE_REPEAT_H
 #define QKROPE_REPEAT_H
 
