@@ -287,7 +287,7 @@ def test_quickstart_runs() -> None:
 
 
 def test_build_then_cache(run_json: Callable[..., Any]) -> None:
-    pytest.importorskip("cuda.core", reason="the extra qkrope[cuda] is not installed")
+    pytest.importorskip("cuda.bindings", reason="the extra qkrope[cuda] is not installed")
     argv = ("build", "--arch", "sm_90", "--config", str(CONFIG), "--dtype", "bf16")
     (first,) = run_json(*argv)["built"]
     assert first["cached"] is False and first["variant"]["head_dim"] == 64
@@ -307,7 +307,7 @@ def test_build_then_cache(run_json: Callable[..., Any]) -> None:
 
 
 def test_build_many_and_a_failure(run_json: Callable[..., Any], capsys: Capture) -> None:
-    pytest.importorskip("cuda.core", reason="the extra qkrope[cuda] is not installed")
+    pytest.importorskip("cuda.bindings", reason="the extra qkrope[cuda] is not installed")
     flags = ["--dtype", "fp16", "--dtype", "bf16", "--angles", "table", "-j", "2", *SMALL]
     got = run_json("build", "--arch", "sm_80", "--arch", "sm_10", *flags, code=1)
     assert len(got["built"]) == 2 and len(got["failed"]) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import warnings
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from qkrope.angles import resolve
-from qkrope.config import FAMILIES
 from qkrope.spec import NTK, DynamicNTK, Linear, Llama3, LongRoPE, Norm, Rope, Spec, YaRN
 
 HEADS = {
@@ -57,7 +55,6 @@ MODELS = {  # the family's own fields, a layer with attention, its norm, its rot
 }
 BY_LAYER = {"gemma3_text": ONE_PLUS, "olmo3": ROW}  # rope parameters for each layer type
 ORDERS = {"hunyuan_v1_dense": "rope_first", "hunyuan_v1_moe": "rope_first"}
-SEVERAL_AXES = [name for name in FAMILIES if FAMILIES[name].axes]
 
 
 def build(name, **fields):
@@ -85,13 +82,6 @@ def rotary_module(config):
     return rotary_class(config)
 
 
-def from_config(config, layer_idx=None, **keywords):
-    """Spec.from_config without the one-axis warning, which has its own test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return Spec.from_config(config, layer_idx, **keywords)
-
-
 def assert_same_frequencies(spec, inv_freq, attention_factor=1.0, seq_len=None):
     """To the float32 rounding of the module, as test_angles derives: theta here is at most 5e6, so
     30 roundings of 2^-24 relative; a blend of two frequencies adds the larger's over the smaller's.
@@ -103,16 +93,12 @@ def assert_same_frequencies(spec, inv_freq, attention_factor=1.0, seq_len=None):
     assert angles.attention_factor == pytest.approx(attention_factor, rel=1e-12)
 
 
-def test_every_family_is_tested():
-    assert set(FAMILIES) == set(MODELS) | set(BY_LAYER)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_family(name, tmp_path):
     fields, layer, norm, rotary_dim = MODELS[name]
     config = build(name, rope_parameters=plain_rope(), **fields)
     assert config.model_type == name
-    spec = from_config(config, layer)
+    spec = Spec.from_config(config, layer)
     head_dim = getattr(config, "head_dim", None) or 16
     assert (spec.num_q_heads, spec.num_kv_heads, spec.head_dim) == (4, 2, head_dim)
     assert spec.norm == norm and spec.k_norm is None
@@ -122,14 +108,14 @@ def test_family(name, tmp_path):
     module = rotary_module(config)
     assert_same_frequencies(spec, module.inv_freq, module.attention_scaling)
     # The same config as a dict, and as the file that save_pretrained writes.
-    assert from_config(config.to_dict(), layer) == spec
+    assert Spec.from_config(config.to_dict(), layer) == spec
     config.save_pretrained(tmp_path)
-    assert from_config(tmp_path / "config.json", layer) == spec
-    assert from_config(str(tmp_path), layer) == spec
-    assert from_config(config, layer, rounding="eager") == from_config(
+    assert Spec.from_config(tmp_path / "config.json", layer) == spec
+    assert Spec.from_config(str(tmp_path), layer) == spec
+    assert Spec.from_config(config, layer, rounding="eager") == Spec.from_config(
         config.to_dict(), layer, rounding="eager"
     )
-    assert from_config(config, layer, rounding="eager").rounding == "eager"
+    assert Spec.from_config(config, layer, rounding="eager").rounding == "eager"
 
 
 def test_the_norm_of_the_real_modules():
@@ -140,7 +126,7 @@ def test_the_norm_of_the_real_modules():
         norm_class = next(value for key, value in vars(module).items() if key.endswith("RMSNorm"))
         fields = MODELS[name][0] if name in MODELS else {}
         data = {**HEADS, **EPS, "model_type": name, "head_dim": 64, **fields}
-        norm = from_config(data, 3).norm
+        norm = Spec.from_config(data, 3).norm
         layer = norm_class(64, eps=3e-6)
         weight = torch.linspace(-1, 2, 64)
         layer.weight.data = weight
@@ -287,26 +273,26 @@ def test_layers_without_attention(name):
         types = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2
     first = types.index("full_attention")
     data = {"model_type": name, **HEADS, **EPS, "norm_eps": 3e-6, "layer_types": types}
-    assert from_config(data) == from_config(data, first)
+    assert Spec.from_config(data) == Spec.from_config(data, first)
     for layer, kind in enumerate(types):
         if kind == "full_attention":
-            assert from_config(data, layer) == from_config(data)
+            assert Spec.from_config(data, layer) == Spec.from_config(data)
             continue
         with pytest.raises(ValueError, match=rf"the first is {first}\), got {layer}: '{kind}'"):
-            from_config(data, layer)
+            Spec.from_config(data, layer)
 
 
 def test_layer_types_that_the_file_leaves_out():
     data = {"model_type": "qwen3_next", **HEADS, **EPS}
-    from_config(data, 3)
+    Spec.from_config(data, 3)
     with pytest.raises(ValueError, match="linear_attention"):
-        from_config(data, 4)
+        Spec.from_config(data, 4)
     data["full_attention_interval"] = 2
-    from_config(data, 1)
+    Spec.from_config(data, 1)
     lfm2 = {"model_type": "lfm2", **HEADS, "norm_eps": 1e-5, "full_attn_idxs": [2, 5]}
-    assert from_config(lfm2) == from_config(lfm2, 5)
+    assert Spec.from_config(lfm2) == Spec.from_config(lfm2, 5)
     with pytest.raises(ValueError, match="conv"):
-        from_config(lfm2, 3)
+        Spec.from_config(lfm2, 3)
 
 
 @pytest.mark.parametrize("sliding_window", [4096, None])
@@ -346,27 +332,6 @@ def test_hunyuan_alpha_is_static_ntk(name):
         Spec.from_config({**data, "model_type": "llama"})
 
 
-@pytest.mark.parametrize("name", SEVERAL_AXES)
-def test_positions_with_several_axes_warn_and_are_exact_for_text(name):
-    fields, layer, *_ = MODELS[name]
-    config = build(name, rope_parameters=plain_rope(), **fields)
-    with pytest.warns(UserWarning, match="one position a token") as caught:
-        spec = Spec.from_config(config, layer)
-    assert caught[0].filename == __file__
-    module = rotary_module(config)
-    positions = torch.tensor([[0, 1, 5, 40, 300]])
-    cos, _ = module(torch.zeros(1), positions.expand(3, 1, -1))
-    angles = positions[0, :, None].double() * torch.tensor(
-        resolve(spec).inv_freq, dtype=torch.float64
-    )
-    # A float32 angle below 300 is off by 2^-24 * 300 a rounding; two of them and the frequency's.
-    expected = torch.cat((angles.cos(), angles.cos()), dim=-1)
-    torch.testing.assert_close(cos[0].double(), expected, rtol=0, atol=300 * 30 * 2.0**-24)
-    # Where the axes differ the table differs: that is what the warning is about.
-    other, _ = module(torch.zeros(1), torch.stack((positions, positions + 1, positions + 2)))
-    assert (other - cos).abs().max() > 0.1
-
-
 def test_wrappers_give_their_text_part():
     text = {"model_type": "qwen3_vl_text", **HEADS, **EPS, "head_dim": 16}
     old = {"mrope_section": [4, 2, 2], "mrope_interleaved": True, "rope_type": "default"}
@@ -374,27 +339,7 @@ def test_wrappers_give_their_text_part():
         "model_type": "qwen3_vl",
         "text_config": {**text, "rope_theta": 5e6, "rope_scaling": old},
     }
-    assert from_config(data).rope == Rope(theta=5e6)
+    rope = Rope(theta=5e6, mrope_section=(4, 2, 2), mrope_interleaved=True)
+    assert Spec.from_config(data).rope == rope
     config = transformers.Qwen3VLConfig(text_config=data["text_config"])
-    assert from_config(config) == from_config(data)
-
-
-def test_defaults_of_the_config_classes():
-    """Where a file leaves a key out, the value is the one its own class would have."""
-    data = {"model_type": "llama", **HEADS, **EPS}
-    del data["num_key_value_heads"], data["max_position_embeddings"]
-    spec = Spec.from_config(data)
-    assert spec == Spec(4, 4, 16, norm=NONE, rope=Rope(theta=1e4))
-    for name in FAMILIES:
-        class_default = CONFIG_MAPPING[name]()
-        family = FAMILIES[name]
-        if family.local_theta is None:
-            theta = class_default.default_theta
-        else:
-            theta = class_default.default_theta["global"]
-            assert family.local_theta == class_default.default_theta["local"]
-        assert family.theta == theta, name
-        named = vars(type(class_default)).get("head_dim")
-        assert family.head_dim == (named if isinstance(named, int) else None), name
-        for key, value in family.defaults.items():
-            assert getattr(class_default, key) == value, (name, key)
+    assert Spec.from_config(config) == Spec.from_config(data)

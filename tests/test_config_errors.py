@@ -27,7 +27,7 @@ def refused(**changes):
     [
         (None, None, TypeError, "config"),
         (3, None, TypeError, "config"),
-        ({}, None, ValueError, "model_type: expected one of dots1, .*, got None"),
+        ({}, None, ValueError, "model_type: expected one of afmoe, .*, got None"),
         (refused(model_type="gpt_neox"), None, ValueError, "model_type.*'gpt_neox'"),
         (refused(model_type="qwen3_vl"), None, ValueError, "model_type.*'qwen3_vl'"),
         (refused(), 8, ValueError, r"layer_idx: expected an int in \[0, 7\], got 8"),
@@ -74,6 +74,57 @@ def refused(**changes):
         (refused(partial_rotary_factor=0.5), None, ValueError, "partial_rotary_factor"),
         (refused(model_type="glm4_moe", partial_rotary_factor=0.2), None, ValueError, "Rope.dim"),
         (refused(model_type="olmoe", clip_qkv=8.0), None, ValueError, "clip_qkv"),
+        (refused(rope_scaling={"type": "proportional"}), None, ValueError, "'proportional'"),
+        (refused(model_type="molmo2_text", qk_norm_type="t5"), None, ValueError, "qk_norm_type"),
+        (
+            refused(model_type="gemma4_text", rope_scaling={"type": "linear", "factor": 8.0}),
+            None,
+            ValueError,
+            "ignores rope_scaling",
+        ),
+        (
+            refused(
+                model_type="qwen3_vl_text",
+                rope_scaling={"mrope_section": [4, 2, 2], "mrope_interleaved": False},
+            ),
+            None,
+            ValueError,
+            "mrope_interleaved of True",
+        ),
+        (refused(model_type="hunyuan_vl_text"), None, ValueError, "'mrope_section'"),
+        (
+            refused(
+                model_type="hunyuan_vl_text",
+                rope_scaling={"type": "xdrope", "alpha": 9.0, "mrope_section": [2, 2, 2]},
+            ),
+            None,
+            ValueError,
+            "mrope_section: expected a sum of dim / 2 = 8",
+        ),
+        (
+            refused(model_type="muse_spark_text", layer_rope_theta=[1e4, 2e4, 0, 0, 0, 0, 0, 0]),
+            None,
+            ValueError,
+            "layer_rope_theta",
+        ),
+        (
+            refused(model_type="deepseek_v4", compress_ratios=[4, 7, 128, 0, 0, 0, 0, 0]),
+            None,
+            ValueError,
+            "compress_ratios",
+        ),
+        (
+            refused(
+                model_type="deepseek_v3",
+                kv_lora_rank=16,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=12,
+                partial_rotary_factor=0.3,
+            ),
+            None,
+            ValueError,
+            "partial_rotary_factor that gives 8 channels",
+        ),
     ],
 )
 def test_what_is_not_known_is_refused(config, layer, error, message):

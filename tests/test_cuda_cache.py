@@ -328,12 +328,12 @@ def hide(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
         monkeypatch.setitem(sys.modules, name, None)
 
 
-def test_cuda_core_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_bindings_are_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cached kernel needs no compiler; another one says what to install."""
     build()
-    hide(monkeypatch, "cuda.core")
+    hide(monkeypatch, "cuda.bindings", "cuda.bindings.nvrtc")
     assert build().cached
-    with pytest.raises(CompileError, match=r"cuda.core is missing.*pip install qkrope\[cuda\]"):
+    with pytest.raises(CompileError, match=r"cuda.bindings is missing.*pip install qkrope\[cuda\]"):
         build(variant=OTHER)
 
 
@@ -405,7 +405,7 @@ def test_a_cpu_call_needs_no_compiler(tmp_path: Path) -> None:
         qkrope.warmup(spec, device="cpu", dtype=torch.float32)
         q, k = torch.randn(3, 2, 8), torch.randn(3, 1, 8)
         qkrope.qk_norm_rope_(q, k, None, None, torch.arange(3), spec)
-        loaded = [n for n in sys.modules if n.startswith(("cuda.core", "qkrope.cuda"))]
+        loaded = [n for n in sys.modules if n.startswith(("cuda.bindings.nvrtc", "qkrope.cuda"))]
         assert not loaded, loaded
         """,
         tmp_path,

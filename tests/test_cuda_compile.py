@@ -355,23 +355,34 @@ def test_vector_loads_are_refused_elsewhere(
 
 
 def test_rows() -> None:
-    """1, 2 or the most, never fewer for more tokens; one head a group for one token."""
+    """The most heads a group for a large call, or as many as put 32 bytes a lane in flight."""
     rule = _native.lib().rows
     tokens = (1, 2, 3, 7, 16, 64, 100, 256, 700, 1024, 4096, 10**5, 10**7, 2**31 - 1)
     for q_heads, k_heads in ((1, 0), (0, 1), (5, 1), (32, 8), (17, 3), (129, 4), (4096, 4096)):
-        for groups, most in ((1, 2), (1, 4), (2, 4), (3, 4), (32, 4)):
-            for num_sms in (1, 20, 108, 132, 148):
-                found = [rule(t, q_heads, k_heads, groups, most, num_sms) for t in tokens]
-                assert set(found) <= {1, 2, most} and found == sorted(found), found
-                assert found[-1] == most
-    for tokens_, expected in ((1, 1), (64, 1), (256, 2), (1024, 4), (16384, 4)):
-        assert rule(tokens_, 32, 8, 2, 4, 132) == expected
+        for head_dim in (8, 64, 72, 96, 128, 192, 256, 512, 1024):
+            most = 4 if lane_units(head_dim) == 1 else 2
+            for size in (2, 4):
+                for num_sms in (1, 20, 108, 132, 148):
+                    args = q_heads, k_heads, head_dim, size, num_sms
+                    found = [rule(t, *args) for t in tokens]
+                    large = found[-1]
+                    assert large in (1, 2, most) and set(found) <= {1, 2, most}
+                    small = [rows for rows in found if rows < large]
+                    assert small == sorted(small), found
+    for tokens_, expected in ((1, 1), (64, 1), (256, 2), (1024, 2), (16384, 2)):
+        assert rule(tokens_, 32, 8, 128, 2, 132) == expected
+    assert rule(4096, 5, 1, 128, 2, 132) == 4  # two groups of two would idle
+    assert rule(4096, 32, 8, 96, 2, 132) == 4  # rows of 192 bytes
+    assert rule(4096, 32, 8, 128, 4, 132) == rule(4096, 8, 2, 512, 2, 132) == 1
 
 
 def test_block_warps() -> None:
-    """1 to 8; about five blocks a multiprocessor until then."""
+    """1 to 8 (4 where a lane takes many registers); about five blocks a multiprocessor before."""
     rule = _native.lib().block_warps
-    for num_sms in (1, 20, 108, 132, 148):
-        found = [rule(warps, num_sms) for warps in (0, 1, 20, 700, 1280, 2560, 10**5, 2**43)]
-        assert found == sorted(found) and found[0] == 1 and found[-1] == 8
-    assert [rule(w, 132) for w in (20, 640, 1280, 2560, 5120)] == [1, 1, 2, 4, 8]
+    for head_dim, rows, most in ((128, 1, 8), (128, 2, 8), (128, 4, 4), (512, 1, 4)):
+        for num_sms in (1, 20, 108, 132, 148):
+            warps = (0, 1, 20, 700, 1280, 2560, 10**5, 2**43)
+            found = [rule(w, head_dim, rows, num_sms) for w in warps]
+            assert found == sorted(found) and found[0] == 1 and found[-1] == most
+    found = [rule(w, 128, 2, 132) for w in (20, 640, 1280, 2560, 5120)]
+    assert found == [1, 1, 2, 4, 8]

@@ -163,41 +163,6 @@ spec=NO_ROPE, inv_freq=n(2, dtype=FP32)      | V | inv_freq | expected None | sp
 """
 
 THE_REST = """
-q_bias=n(4)                         | V | q_bias | shape [8] or [2, 8], got [4]
-k_bias=n(2, 8)                      | V | k_bias | shape [8] or [1, 8], got [2, 8]
-q_bias=n(8, dtype=FP64)             | T | q_bias | float32, bfloat16 or float16 | got float64
-k_bias=n(16)[::2]                   | V | k_bias | stride 1, got 2
-q_bias="x"                          | T | q_bias | a tensor or None, got a str
-spec=NO_NORM, q_weight=None, k_weight=None, q_bias=n(8) | V | q_bias | expected None | "none"
-q_scale="x"                         | T | q_scale | a finite number | got 'x'
-q_scale=True                        | T | q_scale | a finite number | got True
-k_scale=float("inf")                | V | k_scale | a finite number | got inf
-k_scale=1e39                        | V | k_scale | that float32 can hold | got 1e+39
-q_scale=n(3, 1, 1, dtype=FP64)      | T | q_scale | float32 or the dtype of q | got float64
-q_scale=n(2, 1, 1, dtype=FP32)      | V | q_scale | broadcasts to [3, 2, 8] of q, got [2, 1, 1]
-q_scale=n(1, 3, 1, 1, dtype=FP32)   | V | q_scale | broadcasts to [3, 2, 8] of q, got [1, 3, 1, 1]
-k_scale=n(4, dtype=FP32)            | V | k_scale | broadcasts to [3, 1, 8] of k, got [4]
-q_scale=torch._neg_view(n(1))       | V | q_scale | memory holds its values | resolve_neg()
-rotate_from=-1                      | V | rotate_from | an int in [0, 2147483648], got -1
-rotate_from=1.0                     | T | rotate_from | an int | got 1.0
-rotate_from=None                    | T | rotate_from | an int | got None
-rotate_from=4                       | V | rotate_from, rotate_to | the 3 tokens of q, got [4, 3)
-rotate_to=4                         | V | rotate_from, rotate_to | the 3 tokens of q, got [0, 4)
-rotate_from=2, rotate_to=1          | V | rotate_from, rotate_to | the 3 tokens of q, got [2, 1)
-spec=NO_ROPE, rotate_from=1         | V | rotate_from | expected None | spec.rope is None
-spec=NO_ROPE, rotate_to=3           | V | rotate_to | expected None | spec.rope is None
-rotate_from=1, cos_sin=(n(3, 2), n(3, 2)) | V | cos | broadcast to [2] of q | got shape [3, 2]
-v=n(3, 1, 8)                        | V | v | expected None | no v_norm
-v_weight=n(8)                       | V | v_weight | expected None | without a v
-spec=V_NORM, v_weight=n(8)          | V | v_weight | expected None | without a v
-spec=V_NORM, v=n(3, 2, 8)           | V | v | [..., 1 heads, 8 head_dim] | got [3, 2, 8]
-spec=V_NORM, v=n(3, 1, 8, dtype=FP32) | T | v | the dtype of q (bfloat16) | got float32
-spec=V_NORM, v=n(3, 1, 8), v_weight=n(4) | V | v_weight | shape [8] or [1, 8], got [4]
-spec=V_NORM, v=[1.0]                | T | v | tensor | got
-spec=AXES                           | V | positions | shape [2 axes, ...], got [3]
-spec=AXES, positions=n(3, 3, dtype=I64) | V | positions | shape [2 axes, ...], got [3, 3]
-spec=AXES, positions=n(2, 4, dtype=I64) | V | positions | broadcast to [3] of q | got shape [4]
-norm=1                              | T | norm | a keyword of qkrope.qk_norm_rope | got
 seq_len=0                           | V | seq_len | an int in [1, 2147483648] | got 0
 seq_len=-5                          | V | seq_len | an int in [1, 2147483648] | got -5
 seq_len=8.0                         | T | seq_len | an int | got 8.0

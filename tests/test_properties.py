@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -23,7 +25,7 @@ NORMS = st.builds(
 
 @st.composite
 def specs(draw: st.DrawFn) -> Spec:
-    """What the kernels run now."""
+    """What the kernels of every backend run."""
     head_dim = draw(EVEN)
     rope = None
     if draw(st.integers(0, 5)):
@@ -75,14 +77,138 @@ def recipes(draw: st.DrawFn) -> Recipe:
     return recipe
 
 
+# ---- every option -----------------------------------------------------------------------------
+
+EPS = st.sampled_from([1e-6, 1e-5, 1e-3])
+OFFSETS = st.sampled_from([0.0, 0.0, 1.0])
+WORDS = [f"{norm}/{turn}" for norm in "ABC" for turn in "bhf"]
+WORD = st.sampled_from(WORDS)
+ROUNDINGS = st.one_of(st.just("once"), WORD, st.tuples(WORD, WORD))
+
+
+@st.composite
+def any_norm(draw: st.DrawFn, head_dim: int) -> Norm:
+    kind = draw(st.sampled_from(["rms", "rms", "layer", "l2", "none"]))
+    scope = draw(st.sampled_from(["head", "head", "row"]))
+    dim = rest = None
+    if kind != "none" and scope == "head" and head_dim > 2 and not draw(st.integers(0, 2)):
+        dim = 2 * draw(st.integers(1, head_dim // 2 - 1))
+        if draw(st.booleans()):
+            rest = Norm(draw(st.sampled_from(["rms", "layer", "l2"])), draw(EPS), draw(OFFSETS))
+    return Norm(kind, draw(EPS), draw(OFFSETS), scope, dim, rest)
+
+
+@st.composite
+def sections(draw: st.DrawFn, pairs: int) -> dict[str, object]:
+    """The axes of so many pairs: none, one set of frequencies for all, or one each."""
+    axes = draw(st.integers(2, 4))
+    how = draw(st.sampled_from(["one", "one", "sections", "interleaved", "axes"]))
+    if how == "one" or pairs < axes:
+        return {}
+    if how == "interleaved":  # as many pairs for each axis: what always fits
+        if pairs % axes:
+            return {}
+        return {"mrope_section": (pairs // axes,) * axes, "mrope_interleaved": True}
+    cuts = draw(st.permutations(range(1, pairs)))[: axes - 1]
+    ends = [0, *sorted(cuts), pairs]
+    counts = tuple(b - a for a, b in pairwise(ends))
+    if how == "sections":
+        return {"mrope_section": counts}
+    return {"axes_dim": tuple(2 * n for n in counts)}
+
+
+@st.composite
+def any_rope(draw: st.DrawFn, head_dim: int) -> Rope | None:
+    if not draw(st.integers(0, 6)):
+        return None
+    dim = 2 * draw(st.integers(1, head_dim // 2))
+    pairing = draw(st.sampled_from(["half", "interleaved", "block_half"]))
+    if pairing == "block_half" and dim % 4:
+        pairing = "half"
+    offset = draw(st.one_of(st.just(0), st.integers(0, (head_dim - dim) // 2).map(lambda n: 2 * n)))
+    fields: dict[str, object] = {"dim": dim, "pairing": pairing, "offset": offset}
+    if pairing == "half" and draw(st.booleans()):
+        fields["pair_distance"] = draw(st.integers(dim // 2, head_dim - offset - dim // 2))
+    if pairing == "interleaved" and draw(st.booleans()):
+        fields["output_pairing"] = "half"
+    fields |= draw(sections(dim // 2))
+    if "axes_dim" not in fields:
+        scaling = [None, None, Linear(factor=3.0), YaRN.from_ramp(4.0, 1.0, 5.0, 1.25)]
+        fields["scaling"] = draw(st.sampled_from(scaling))
+        fields["freq_dim"] = draw(st.sampled_from([None, None, 512]))
+    theta, reverse = draw(st.sampled_from([1e4, 1e6, 3.5])), draw(st.booleans())
+    return Rope(theta=theta, reverse=reverse, **fields)
+
+
+@st.composite
+def any_spec(draw: st.DrawFn) -> Spec:
+    head_dim = draw(EVEN)
+    norm, rope = draw(any_norm(head_dim)), draw(any_rope(head_dim))
+    k_norm = draw(st.one_of(st.none(), any_norm(head_dim)))
+    order = draw(st.sampled_from(["norm_first", "norm_first", "rope_first"]))
+    # The mean of a row of rotated heads of very different sizes may be any number beside a small
+    # head: the criterion measures by |mean|, not by what it is the sum of.
+    rows = [n for n in (norm, k_norm) if n and (n.kind, n.scope) == ("layer", "row")]
+    return Spec(
+        draw(st.integers(1, 9)),
+        draw(st.integers(1, 5)),
+        head_dim,
+        norm=norm,
+        k_norm=k_norm,
+        rope=rope,
+        order="norm_first" if rows else order,
+        rounding=draw(ROUNDINGS),
+        v_norm=draw(st.one_of(st.none(), any_norm(head_dim))),
+    )
+
+
+@st.composite
+def option_recipes(draw: st.DrawFn) -> Recipe:
+    """Any Spec with any arguments that go with it."""
+    spec, lead, dtype = draw(any_spec()), draw(LEADS), draw(FLOATS)
+    angle = draw(st.sampled_from(["spec", "spec", *ANGLES]))
+    table = angle in ("pair", "channel", "complex")
+    norms = (spec.q_norm, spec.k_norm_resolved, spec.v_norm or Norm(scope="row"))
+    shapes = ["channel", "head"] + (["row"] if all(n.scope == "row" for n in norms) else [])
+    tables = draw(st.sampled_from(["shared", "separate", "head"]))
+    rotate = None
+    if spec.rope is not None and draw(st.booleans()):
+        start = draw(st.integers(0, lead[-1]))
+        rotate = (start, draw(st.one_of(st.none(), st.integers(start, lead[-1]))))
+    layout = draw(st.sampled_from([*LAYOUTS, "packed"]))
+    k_lead = None
+    own = tables == "separate" if table else spec.rope is not None
+    if layout != "packed" and own and rotate is None and draw(st.booleans()):
+        k_lead = draw(LEADS)
+    return Recipe(
+        spec,
+        dtype=dtype,
+        lead=lead,
+        layout=layout,
+        weight_dtype=draw(FLOATS),
+        weights=draw(st.sampled_from(["both", "both", "q", "k", "-"])),
+        sides=draw(st.sampled_from(["both", "both", "q", "k"])) if k_lead is None else "both",
+        k_lead=k_lead,
+        position_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+        angle=angle,
+        table_dtype=draw(st.sampled_from([torch.float32, dtype])),
+        seed=draw(st.integers(0, 10**6)),
+        weight_shape=draw(st.sampled_from(shapes)),
+        bias=draw(st.booleans()),
+        scale=draw(st.sampled_from([None, None, "number", "token", "head", "channel"])),
+        tables=tables,
+        rotate=rotate,
+    )
+
+
 def examine(recipe: Recipe, device: str) -> None:
     """Out of place against the oracle; in place against that, and nothing else written."""
     call = recipe.make(device)
-    q2, k2 = qkrope.qk_norm_rope(*call.args(), **call.extras)
+    outputs = qkrope.qk_norm_rope(*call.args(), **call.extras)
     call.assert_inputs_unchanged()
-    call.check(q2, k2)
+    call.check(*outputs)
     assert qkrope.qk_norm_rope_(*call.args(), **call.extras) is None
-    for x, y in ((call.q, q2), (call.k, k2)):
+    for x, y in zip((call.q, call.k, call.extras.get("v")), outputs, strict=False):
         if x is not None:
             assert_same_bits(x, y)
     call.assert_guards()
@@ -106,3 +232,16 @@ def test_random_calls(backend: str, recipe: Recipe) -> None:
 @given(recipe=recipes())
 def test_many_random_calls(device: str, recipe: Recipe) -> None:
     examine(recipe, device)
+
+
+@settings(PLAIN, max_examples=250)
+@given(recipe=option_recipes())
+def test_random_options(isa: str, recipe: Recipe) -> None:
+    examine(recipe, "cpu")
+
+
+@pytest.mark.slow
+@settings(PLAIN, max_examples=3000)
+@given(recipe=option_recipes())
+def test_many_random_options(recipe: Recipe) -> None:
+    examine(recipe, "cpu")

@@ -95,7 +95,7 @@ LIMITS = [
     (yarn, "truncate", {"values": [], "types": [None, 1, "yes"]}),
     (llama3, "factor", POSITIVE),
     (llama3, "low_freq_factor", POSITIVE),
-    (llama3, "high_freq_factor", {"values": [*NOT_FINITE, 0, 1], "types": NOT_REAL}),
+    (llama3, "high_freq_factor", {"values": [*NOT_FINITE, 0, 0.5], "types": NOT_REAL}),
     (llama3, "original_max_position_embeddings", LENGTH),
     (longrope, "short_factor", FACTORS),
     (longrope, "long_factor", {**FACTORS, "values": [*FACTORS["values"], [1.0]]}),

@@ -3,18 +3,19 @@
 # scikit-build-core, cuda-core and cuda-bindings. It needs no network: wheels that python3 lacks
 # (apache-tvm-ffi) are taken from the folder .whl, if there is one.
 #
-#   tools/gpu.sh [build] [test] [bench] [bars] [peers] [sanitize]     no argument: build test bench
+#   tools/gpu.sh [build] [test] [bench] [bars] [host] [peers] [grid] [ncu] [sanitize]
+#                                                       no argument: build test bench
 #
 # Environment: OUT (default build/out) receives the full logs; QKROPE_COMMIT names the commit in
-# bench records where there is no git checkout; PYTEST_ARGS, BENCH_ARGS, BARS_ARGS, PEERS_ARGS are
-# passed on; PEERS (default peers) is the folder that tools/fetch_peers.py filled.
+# bench records where there is no git checkout; PYTEST_ARGS, BENCH_ARGS, BARS_ARGS, PEERS_ARGS,
+# SANITIZE_ARGS are passed on; PEERS (default peers) is the folder that tools/fetch_peers.py filled.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 out=${OUT:-build/out}
 python=${GPU_PYTHON:-python3}
 mkdir -p "$out"
-rm -f "$out"/{build,test,bench,bars,peers,sanitize}.log
+rm -f "$out"/{build,test,bench,bars,host,peers,grid,ncu,sanitize}.log
 export QKROPE_COMMIT=${QKROPE_COMMIT:-$(git rev-parse --short=12 -q --verify HEAD 2>/dev/null || echo unknown)}
 export PYTHONUNBUFFERED=1
 summary=()
@@ -67,6 +68,23 @@ peers() {
     ${PEERS_ARGS:---baselines eager --shape Qwen3-8B --shape FLUX.1 --tokens 1,64,256,1024,4096,16384}
 }
 
+host() {
+  run host host.log "$python" -m qkrope.bench.host --out "$out/host.jsonl"
+}
+
+# The scan behind the rules of rows and warps.
+grid() {
+  run grid grid.log "$python" -m qkrope.bench.bars --grid --out "$out/grid.jsonl" ${GRID_ARGS:-}
+}
+
+# DRAM throughput and occupancy of one call of 16384 tokens, and of torch's negation of 1 GiB.
+ncu() {
+  run ncu ncu.log command ncu --clock-control none --metrics \
+    dram__bytes.sum.per_second,dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread \
+    --kernel-name 'regex:qkrope_|vectorized_elementwise' --print-summary per-kernel \
+    "$python" tools/ncu_case.py
+}
+
 # Only our kernels are instrumented. Torch's caching allocator is off, so that each tensor is an
 # allocation of its own and a read past its end is seen. Memory that torch's own kernels wrote
 # counts as uninitialised under initcheck: -m sanitize tests copy their inputs from the host.
@@ -74,15 +92,25 @@ sanitize() {
   local filter=(--kernel-name kns=qkrope_ --error-exitcode 9 --print-limit 20
     --report-api-errors no --launch-timeout 60)
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 TORCHINDUCTOR_COMPILE_THREADS=1
-  local tool extra
-  for tool in memcheck initcheck synccheck; do
+  local tool extra jobs=() start=$SECONDS
+  for tool in memcheck initcheck synccheck; do  # side by side: they wait for the host, not the GPU
     extra=()
     [[ $tool == initcheck ]] && extra=(--check-api-memory-access no)
-    run "$tool" sanitize.log compute-sanitizer --tool "$tool" "${filter[@]}" "${extra[@]}" \
-      "$python" -m pytest -p no:cacheprovider -p no:xdist -m "sanitize and gpu" ${PYTEST_ARGS:-}
+    compute-sanitizer --tool "$tool" "${filter[@]}" "${extra[@]}" "$python" -m pytest \
+      -p no:cacheprovider -p no:xdist -m "sanitize and gpu" ${SANITIZE_ARGS:-} \
+      >"$out/$tool.log" 2>&1 &
+    jobs+=("$tool:$!")
+  done
+  for job in "${jobs[@]}"; do
+    tool=${job%%:*}
+    if wait "${job##*:}"; then verdict=ok; else verdict="rc=$?" failed=1; fi
+    note "$tool" "$verdict" $((SECONDS - start)) \
+      "$(grep -E 'passed|failed' "$out/$tool.log" | tail -n 1); $(tail -n 1 "$out/$tool.log")"
+    cat "$out/$tool.log" >>"$out/sanitize.log"
+    rm "$out/$tool.log"
   done
   # A clean report proves nothing if the filter matches nothing: this one must not be clean.
-  local start=$SECONDS
+  start=$SECONDS
   compute-sanitizer --tool initcheck --check-api-memory-access no "${filter[@]}" \
     "$python" tools/planted_fault.py uninitialised >>"$out/sanitize.log" 2>&1
   if (($? == 9)); then
@@ -101,10 +129,13 @@ for step in "$@"; do
     test) tests ;;
     bench) bench ;;
     bars) bars ;;
+    host) host ;;
     peers) peers ;;
+    grid) grid ;;
+    ncu) ncu ;;
     sanitize) sanitize ;;
     *)
-      echo "unknown step '$step'; got '$*', expected build, test, bench, bars, peers or sanitize" >&2
+      echo "unknown step '$step'; got '$*', expected steps of the list at the top" >&2
       exit 2
       ;;
   esac

@@ -70,18 +70,20 @@ def opcodes(cubin: bytes, kernel: str) -> list[str]:
 def main() -> None:
     """Print the table."""
     arch = sys.argv[1] if len(sys.argv) > 1 else "sm_90"
-    print("| variant | registers | spills | " + " | ".join(COUNTED) + " |")
-    print("|---|---:|---:|" + "---:|" * len(COUNTED))
+    print("| variant | heads a group | registers | spills | " + " | ".join(COUNTED) + " |")
+    print("|---|---:|---:|---:|" + "---:|" * len(COUNTED))
     for name, variant in VARIANTS.items():
         built = compile_variant(variant, arch, use_cache=False)
-        facts = built.resources["vector"]
-        found = opcodes(built.cubin, "qkrope_vector")
-        counts = Counter(
-            {label: sum(bool(re.match(p, op)) for op in found) for label, p in COUNTED.items()}
-        )
-        cells = [str(facts.registers), str(facts.spill_stores + facts.spill_loads)]
-        cells += [str(counts[label]) for label in COUNTED]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        for kernel in variant.kernels[:-1]:
+            facts = built.resources[kernel]
+            found = opcodes(built.cubin, f"qkrope_{kernel}")
+            counts = Counter(
+                {label: sum(bool(re.match(p, op)) for op in found) for label, p in COUNTED.items()}
+            )
+            spills = facts.spill_stores + facts.spill_loads
+            cells = [kernel.removeprefix("vector"), str(facts.registers), str(spills)]
+            cells += [str(counts[label]) for label in COUNTED]
+            print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

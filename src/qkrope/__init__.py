@@ -22,7 +22,7 @@ _LAZY = {
     "fused_qk_norm_rope_out": "compat",
     "can_use_fused_qk_norm_rope": "compat",
 }
-_MODULES = ("reference", "ops", "compat", "angles", "bench", "config")
+_MODULES = ("reference", "ops", "compat", "angles", "bench", "config", "models", "torch_op")
 
 __all__ = [
     "NTK",

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ._limits import integer, refuse
 from .scaling import MAX_LENGTH, NTK, DynamicNTK, Linear, Llama3, LongRoPE, YaRN
@@ -33,8 +33,7 @@ _TURN = int(
 _WORD = 1 << 32
 
 
-@dataclass(frozen=True, slots=True)
-class Angles:
+class Angles(NamedTuple):
     """Radians per position of each rotated pair, and the factor of cos and sin.
 
     Pair i turns by positions of axis ``Spec.pair_axes[i]``; a Rope's ``reverse`` is in the signs.
@@ -198,8 +197,11 @@ def _llama3(s: Llama3, ask: _Ask) -> _Result:
     inv_freq = []
     for f in ask.powers(ask.theta):
         turns = s.original_max_position_embeddings * f / (2 * math.pi)
-        keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-        keep = min(max(keep, 0.0), 1.0)
+        width = s.high_freq_factor - s.low_freq_factor
+        if width:
+            keep = min(max((turns - s.low_freq_factor) / width, 0.0), 1.0)
+        else:  # no ramp: a step (Llama 4 Scout)
+            keep = float(turns > s.high_freq_factor)
         inv_freq.append(f / s.factor * (1.0 - keep) + f * keep)
     return inv_freq, 1.0
 

@@ -33,6 +33,10 @@ class Config:
         """A required positive int."""
         return integer(f"config.{name}", self.get(name), 1, 1 << 31)
 
+    def over(self, values: Mapping[str, Any]) -> Config:
+        """The same config where ``values`` stand before its own."""
+        return Config(self.model_type, {**self._data, **values}, {}) if values else self
+
     def refuse(self, expected: str, got: object) -> NoReturn:
         """Raise ValueError naming the model."""
         raise ValueError(f"config of {self.model_type!r}: expected {expected}, got {got}")

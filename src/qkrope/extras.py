@@ -65,11 +65,13 @@ def pair(name: str, value: Any, count: int = 2) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def native_operands(spec: Spec, extras: dict[str, Any], sides: tuple[bool, bool]) -> dict[str, Any]:
+def native_operands(
+    spec: Spec, extras: dict[str, Any], sides: tuple[bool, bool], packed: bool
+) -> dict[str, Any]:
     """The operands by native name, in native order after "positions[1]"; seq_len is not one.
 
-    ``sides`` says whether the call has q and k. Raises where the combination makes no sense; shapes
-    and dtypes are checked in native code.
+    ``sides`` says whether the call has q and k, ``packed`` whether V is in one tensor with them.
+    Raises where the combination makes no sense; shapes and dtypes are checked in native code.
     """
     if unknown := sorted(extras.keys() - Extras.__annotations__.keys()):
         raise TypeError(f"{unknown[0]}: expected a keyword of qkrope.qk_norm_rope, got this one")
@@ -87,9 +89,9 @@ def native_operands(spec: Spec, extras: dict[str, Any], sides: tuple[bool, bool]
     if given and spec.rope is None:
         raise ValueError(f"{given[0]}: expected None since spec.rope is None, got a value")
     cos, sin, k_cos, k_sin = _tables(get("cos_sin"), sides)
-    with_v = get("v") is not None or spec.v_norm is not None
+    with_v = get("v") is not None or (packed and spec.v_norm is not None)
     out = get("out")
-    outs = (None,) * 3 if out is None else pair("out", out, len(out) if _fits(out, with_v) else 2)
+    outs = (None,) * 3 if out is None else pair("out", out, 3 if with_v else 2)
     found = (
         *(cos, sin, get("cos_sin_cache"), get("inv_freq"), *outs[:2]),
         *(get("q_bias"), get("k_bias"), k_cos, k_sin, get("v"), get("v_weight")),
@@ -105,10 +107,6 @@ def native_operands(spec: Spec, extras: dict[str, Any], sides: tuple[bool, bool]
                 "negates when it is read (the imag of a conj?); call resolve_neg() on it"
             )
     return operands
-
-
-def _fits(out: Any, with_v: bool) -> bool:
-    return with_v and isinstance(out, tuple | list) and len(out) == 3
 
 
 def _scale(name: str, value: Any) -> Any:

@@ -32,6 +32,10 @@ CHECK_ONLY = 2  # flag of a native call that raises what the call would, and doe
 _UNWRITTEN_WEIGHTS = 1  # nothing on the stream can have written them: no training step runs
 _cuda: Any = None  # the CUDA backend's entry, once a call needs it
 _grad_enabled = torch.is_grad_enabled
+# Is the call being traced, into an op of torch_op.py? By Dynamo (outside it a constant, and so the
+# cheaper question), or by torch.export without it, which has tensors of other classes.
+_by_dynamo = torch.compiler.is_dynamo_compiling
+_is_traced = torch.compiler.is_compiling
 
 
 def _refuse_grad(in_place: bool, named: dict[str, Any]) -> None:
@@ -64,7 +68,7 @@ def _prepare(
     seq_len = extras.pop("seq_len", None)
     packed = qkv is not None
     sides = (packed or q is not None, packed or k is not None)
-    known = native_operands(spec, extras, sides) if extras else {}
+    known = native_operands(spec, extras, sides, packed) if extras else {}
     if torch.is_grad_enabled():
         named = {"qkv": qkv, "q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight}
         _refuse_grad(in_place, named | known)
@@ -181,6 +185,10 @@ def qk_norm_rope(
     Raises TypeError and ValueError naming argument, expected and got, before anything is written;
     CompileError where the kernel cannot be built.
     """
+    if _by_dynamo() or (q.__class__ is not Tensor and _is_traced()):
+        from . import torch_op
+
+        return torch_op.qk_norm_rope(q, k, q_weight, k_weight, positions, spec, **extras)
     first = _first(q, k)
     v = extras.get("v")
     given = (q, k) if v is None else (q, k, v)
@@ -212,6 +220,10 @@ def qk_norm_rope_(
     With ``out`` the result goes there and the inputs stay. With grad mode on, no tensor of the call
     may require grad.
     """
+    if _by_dynamo() or (q.__class__ is not Tensor and _is_traced()):
+        from . import torch_op
+
+        return torch_op.qk_norm_rope_(q, k, q_weight, k_weight, positions, spec, **extras)
     first = _first(q, k)
     plan, operands = _prepare(True, None, q, k, q_weight, k_weight, positions, spec, dict(extras))
     _run(first.is_cuda, plan, *operands)
@@ -235,7 +247,9 @@ def qkv_norm_rope_(
     # The plain call, as engines make it per layer: no frame and no container that it does not need.
     if (
         not extras
-        and (plan := getattr(spec, "_plan", None)) is not None
+        and not _by_dynamo()
+        and spec.__class__ is Spec
+        and (plan := spec._plan) is not None
         and qkv.__class__ is positions.__class__ is Tensor
     ):
         flags = _UNWRITTEN_WEIGHTS
@@ -250,6 +264,10 @@ def qkv_norm_rope_(
         run = (_cuda or _load_cuda()) if qkv.is_cuda else cpu.qk_norm_rope
         run(plan, flags, qkv, None, None, q_weight, k_weight, positions)
         return
+    if _is_traced():
+        from . import torch_op
+
+        return torch_op.qkv_norm_rope_(qkv, q_weight, k_weight, positions, spec, **extras)
     first = _plain("qkv", qkv)
     if extras.get("v") is not None:
         raise ValueError("v: expected None in a packed call, whose last heads it is, got a tensor")

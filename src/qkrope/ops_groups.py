@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from .extras import Angles, Tensor
 from .groups import Group, check_groups
-from .ops import CHECK_ONLY, _plain, _prepare, _run
+from .ops import CHECK_ONLY, _plain, _prepare, _run, qk_norm_rope_
 
 __all__ = ["norm_rope_groups_"]
 
@@ -38,6 +40,13 @@ def norm_rope_groups_(
     if unknown := sorted(angles.keys() - Angles.__annotations__.keys()):
         known = ", ".join(Angles.__annotations__)
         raise TypeError(f"{unknown[0]}: expected a keyword among {known}, got this one")
+    if torch.compiler.is_compiling():  # a node of the graph for each group
+        for group in check_groups(x.shape[-1], groups):
+            own = positions if group.positions is None else group.positions
+            extras = {**(angles if group.rope is not None else {}), "q_bias": group.bias}
+            rest = (group.weight, None, own, group.spec)
+            qk_norm_rope_(group.view(x), None, *rest, **extras, q_scale=group.scale)
+        return
     _plain("x", x)
     if not x.ndim:
         raise ValueError("x: expected at least 1 dimension, got 0")

@@ -167,7 +167,8 @@ class YaRN(Scaling):
 @dataclass(frozen=True, slots=True)
 class Llama3(Scaling):
     """Llama 3.1: wavelengths above L / low_freq_factor are divided by ``factor``, those below
-    L / high_freq_factor kept, the ones between blended; L is the trained length.
+    L / high_freq_factor kept, the ones between blended (none where both factors are the same, as
+    in Llama 4 Scout); L is the trained length.
     """
 
     factor: float
@@ -185,8 +186,8 @@ class Llama3(Scaling):
                 "Llama3.original_max_position_embeddings", length
             ),
         )
-        if not self.high_freq_factor > self.low_freq_factor:
-            expected = f"a number > low_freq_factor = {self.low_freq_factor:g}"
+        if self.high_freq_factor < self.low_freq_factor:
+            expected = f"a number >= low_freq_factor = {self.low_freq_factor:g}"
             refuse(ValueError, "Llama3.high_freq_factor", expected, self.high_freq_factor)
 
 

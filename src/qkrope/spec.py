@@ -69,6 +69,7 @@ class Spec:
     max_position_embeddings: int | None = None
     v_norm: Norm | None = None
 
+    _text: ClassVar[str]  # made at once: torch.compile reads a constant, and cannot trace json
     # What calls keep on an instance (see qkrope.plan); no part of its value.
     _plan: ClassVar[Any] = None
     _bare: ClassVar[Any] = None
@@ -92,6 +93,8 @@ class Spec:
                 norm.check(f"Spec.{name}", self.head_dim)
         if self.rope is not None:
             self.rope.check(self.rotary_dim, self.head_dim)
+        text = {"schema": _SCHEMA, **_plain(self)}
+        put(self, "_text", json.dumps(text, sort_keys=True, allow_nan=False))
 
     @property
     def q_norm(self) -> Norm:
@@ -141,7 +144,7 @@ class Spec:
 
     def canonical(self) -> str:
         """One line of JSON with sorted keys: equal Specs have equal text, whatever built them."""
-        return json.dumps({"schema": _SCHEMA, **_plain(self)}, sort_keys=True, allow_nan=False)
+        return self._text
 
     @classmethod
     def from_canonical(cls, text: str) -> Spec:
@@ -161,12 +164,17 @@ class Spec:
 
     @classmethod
     def from_config(
-        cls, config: Any, layer_idx: int | None = None, *, rounding: str = "once"
+        cls,
+        config: Any,
+        layer_idx: int | None = None,
+        *,
+        rounding: Rounding = "once",
+        part: str = "attention",
     ) -> Spec:
         """The Spec of one layer of a Hugging Face config: see ``qkrope.config``."""
         from .config import spec_from_config  # config.py builds Specs, so it imports this module
 
-        return spec_from_config(config, layer_idx, rounding=rounding)
+        return spec_from_config(config, layer_idx, rounding=rounding, part=part)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Fields only: what backends cache on an instance stays with that instance.

@@ -6,7 +6,7 @@ bytes and the arithmetic of the kernel are the same, only the position of a pair
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qkrope.spec import Norm, Rope, Spec
@@ -94,5 +94,8 @@ def shape_from_config(path: str) -> Shape:
 
     file = Path(path)
     spec = Spec.from_config(json.loads(file.read_text()))
+    if spec.rope is not None and spec.rope.mrope_section is not None:  # text: the axes agree
+        rope = replace(spec.rope, mrope_section=None, mrope_interleaved=False)
+        spec = replace(spec, rope=rope)
     name = file.parent.name if file.name == "config.json" and file.parent.name else file.stem
     return Shape(name, spec, spec.num_kv_heads)

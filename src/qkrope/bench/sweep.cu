@@ -2,6 +2,11 @@
 // one bit flipped: the least work that moves the same bytes as the fused kernel.
 // A thread has VEC 16-byte words; the words of a block follow each other across row ends, so no
 // thread idles except in the last block. ROW_WORDS is compiled in, so dividing by it is cheap.
+// PDL, programmatic dependent launch: 0 none; the next kernel is released 1 after the loads, 2
+// first.
+#ifndef PDL
+#define PDL 0
+#endif
 #ifndef VEC
 #define VEC 2
 #endif
@@ -11,6 +16,9 @@
 
 extern "C" __global__ void __launch_bounds__(128)
     qk_sweep(uint4* data, long long row_step, unsigned words) {
+#if PDL == 2
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
   const unsigned first = blockIdx.x * (128u * VEC) + threadIdx.x;
   uint4* at[VEC];
   uint4 word[VEC];
@@ -19,13 +27,13 @@ extern "C" __global__ void __launch_bounds__(128)
     const unsigned n = first + i * 128u;
     at[i] = data + n / ROW_WORDS * row_step + n % ROW_WORDS;
   }
-#if defined(PDL)
+#if PDL
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 #pragma unroll
   for (unsigned i = 0; i < VEC; i++)
     if (first + i * 128u < words) word[i] = *at[i];
-#if defined(PDL)
+#if PDL == 1
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 #pragma unroll

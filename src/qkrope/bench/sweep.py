@@ -39,26 +39,25 @@ def host_sweep(inputs: Inputs) -> Callable[[], object]:
     return lambda: columns.bitwise_xor_(1)
 
 
-def compile_sweep(arch: str, row_words: int, vec: int, pdl: bool) -> bytes:
+def compile_sweep(arch: str, row_words: int, vec: int, pdl: int) -> bytes:
     """The cubin of sweep.cu for `arch` ("sm_90"); needs NVRTC but no GPU."""
     from cuda.core import Program, ProgramOptions
 
     source = resources.files("qkrope").joinpath("bench", "sweep.cu").read_text()
-    define: list[Any] = [("VEC", str(vec)), ("ROW_WORDS", str(row_words))]
-    define += [("PDL", "1")] if pdl else []
+    define = [("VEC", str(vec)), ("ROW_WORDS", str(row_words)), ("PDL", str(pdl))]
     program = Program(source, "c++", ProgramOptions(arch=arch, define_macro=define))
     return bytes(program.compile("cubin").code)
 
 
 @cache
-def _kernel(device: int, row_words: int, vec: int, pdl: bool) -> Any:
+def _kernel(device: int, row_words: int, vec: int, pdl: int) -> Any:
     major, minor = torch.cuda.get_device_capability(device)
     cubin = compile_sweep(f"sm_{major}{minor}", row_words, vec, pdl)
     return driver.function(driver.load(device, cubin), "qk_sweep")
 
 
-def device_sweep(inputs: Inputs, *, pdl: bool, vec: int = 2) -> Callable[[], object]:
-    """CUDA: sweep.cu with `vec` 16-byte words a thread, and programmatic dependent launch or not.
+def device_sweep(inputs: Inputs, *, pdl: int, vec: int = 2) -> Callable[[], object]:
+    """CUDA: sweep.cu with `vec` 16-byte words a thread; `pdl` as the macro of sweep.cu.
 
     ValueError where the columns are no whole 16-byte words, or more than 2^32 of them.
     """
@@ -74,13 +73,14 @@ def device_sweep(inputs: Inputs, *, pdl: bool, vec: int = 2) -> Callable[[], obj
     values = (qkv.data_ptr(), row_bytes // 16, words)
     types = (ctypes.c_void_p, ctypes.c_longlong, ctypes.c_uint)
     blocks = -(-words // (_BLOCK * vec))
-    return driver.launcher(kernel, blocks, _BLOCK, (values, types), pdl=pdl, keep=qkv)
+    return driver.launcher(kernel, blocks, _BLOCK, (values, types), pdl=bool(pdl), keep=qkv)
 
 
 def device_sweep_measure(buffers: Sequence[Inputs], launches: int, *, pdl: bool) -> Measure:
-    """The fastest width of the sweep on these buffers, as a graph: a slow yardstick flatters."""
+    """The fastest form of the sweep on these buffers, as a graph: a slow yardstick flatters."""
     candidates = [
-        graph_measure([device_sweep(b, pdl=pdl, vec=vec) for b in buffers], launches)
+        graph_measure([device_sweep(b, pdl=mode, vec=vec) for b in buffers], launches)
         for vec in WIDTHS
+        for mode in ((1, 2) if pdl else (0,))
     ]
     return min(candidates, key=lambda measure: median(measure() for _ in range(5)))

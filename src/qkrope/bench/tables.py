@@ -2,7 +2,8 @@
 
 `python -m qkrope.bench.tables README.md` replaces what stands between `<!-- bench:cpu -->` and
 `<!-- /bench:cpu -->` (and the same with cuda, peers and bars) by a table of the newest records;
-`--check` changes nothing and exits 1 if the file is out of date.
+`--check` changes nothing and exits 1 if the file is out of date. Between `<!-- models -->` and
+`<!-- /models -->` comes the catalogue, with what this machine's CPU kernels run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,21 +142,42 @@ def render_bars(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", where.format(**facts), ""])
 
 
+def render_models() -> str:
+    """The catalogue, one line a family and the count under it."""
+    from qkrope.cli.models import rows
+
+    found = rows()
+    families: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in found:
+        why = "yes" if row["covered"] else f"no: {row['reason']}"
+        families.setdefault((row["family"], row["shape"], why), []).append(row)
+    lines = ["| models | what is done to q, k and v | run |", "|---|---|---|"]
+    for (_, shape, why), members in families.items():
+        names = ", ".join(row["model"] for row in members)
+        lines.append(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in (names, shape, why)) + " |"
+        )
+    count = f"{sum(row['covered'] for row in found)} of {len(found)} models."
+    return "\n".join([*lines, "", count, ""])
+
+
 def rewrite(text: str, found: Sequence[Record], bars: Sequence[dict[str, Any]] = ()) -> str:
     """The text with every marked table replaced; ValueError for a marker without its end."""
-    for kind in (*KINDS, "peers", "bars"):
-        start, end = f"<!-- bench:{kind} -->", f"<!-- /bench:{kind} -->"
+    tables: dict[str, Callable[[], str]] = {
+        **{f"bench:{kind}": partial(render, found, kind) for kind in KINDS},
+        "bench:peers": partial(render_peers, found),
+        "bench:bars": partial(render_bars, bars),
+        "models": render_models,
+    }
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if start not in text and end not in text:
             continue
         before, _, rest = text.partition(start)
         _, closing, after = rest.partition(end)
         if not closing:
             raise ValueError(f"{start}: expected {end} after it")
-        if kind == "bars":
-            table = render_bars(bars)
-        else:
-            table = render_peers(found) if kind == "peers" else render(found, kind)
-        text = f"{before}{start}\n{table}{end}{after}"
+        text = f"{before}{start}\n{table()}{end}{after}"
     return text
 
 

@@ -104,7 +104,8 @@ def graph_measure(calls: Sequence[Callable[[], object]], launches: int) -> Measu
     begin = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
 
-    def sample() -> float:
+    def sample(keep: object = tuple(calls)) -> float:
+        # The graph holds addresses: the tensors behind them live as long as this measure does.
         # The first replay keeps the device busy while the host enqueues the timed one, and leaves
         # the caches as every later replay finds them.
         graph.replay()

@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, build, cache, check, info, run
+from . import bench, build, cache, check, info, models, run
 from .common import FAILED, USAGE, Output, UsageError
 
-_COMMANDS = (bench, check, run, info, build, cache)
+_COMMANDS = (bench, check, run, info, build, cache, models)
 
 
 def _parser() -> argparse.ArgumentParser:

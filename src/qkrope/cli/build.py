@@ -167,5 +167,5 @@ def _plain(built: CompiledVariant) -> dict[str, Any]:
         "cached": built.cached,
         "path": str(built.path) if built.path else None,
         "bytes": len(built.cubin),
-        "kernels": {n: dataclasses.asdict(used) for n, used in built.resources.items()},
+        "kernels": {n: used._asdict() for n, used in built.resources.items()},
     }

@@ -7,8 +7,8 @@ import os
 import stat
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import CompileError
 
@@ -17,8 +17,7 @@ _DIGEST = 32
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A cubin and what ptxas said of it."""
 
     cubin: bytes
@@ -61,9 +60,13 @@ def read(key: str) -> Entry | None:
         folder = _checked(create=False)
         if folder is None:
             return None
-        data = _path(folder, key).read_bytes()
+        return parse(_path(folder, key).read_bytes())
     except OSError:
         return None
+
+
+def parse(data: bytes) -> Entry | None:
+    """The entry that a file holds; None where it is truncated or altered."""
     body = data[len(_MAGIC) + _DIGEST :]
     if data[: len(_MAGIC)] != _MAGIC:
         return None

@@ -6,6 +6,7 @@
 
 #include "cpu_api.h"
 #include "plan.h"
+#include "repeat.h"
 
 #define EXPORT __attribute__((visibility("default")))
 #define FUNCTION(name) \
@@ -147,6 +148,8 @@ static int scale_arg(const char* name, const TVMFFIAny* arg, const DLTensor** ou
 //                rotate_from, rotate_to]]) -> the answer of qk_cuda_run.
 // flags: 1 = nothing on this stream can have written the weights; 2 = check and do nothing.
 // rotate_to: -1 = to the end.
+enum { PLAIN = 8, ANGLES = 15, ALL = 26, TENSORS = 22 };  // arguments of qk_norm_rope
+
 static int read_call(const TVMFFIAny* args, int n, qk_call* to) {
   static const char* names[] = {
       "qkv",          "q",      "k",      "q_weight",      "k_weight", "positions",
@@ -159,7 +162,6 @@ static int read_call(const TVMFFIAny* args, int n, qk_call* to) {
       &to->q_positions, &to->k_positions, &to->cos,   &to->sin,      &to->cos_sin_cache,
       &to->inv_freq,    &to->q_out,       &to->k_out, &to->q_bias,   &to->k_bias,
       &to->k_cos,       &to->k_sin,       &to->v,     &to->v_weight, &to->v_out};
-  enum { PLAIN = 8, ANGLES = 15, ALL = 26, TENSORS = 22 };
   if ((n < PLAIN || n > ANGLES) && n != ALL)
     return qk_raise("TypeError", "qk_norm_rope: got %d arguments", n);
   to->plan = (const qk_plan*)(uintptr_t)args[0].v_int64;
@@ -183,15 +185,30 @@ FUNCTION(qk_norm_rope) {
   (void)self;
   qk_call call;
   if (read_call(args, n, &call)) return -1;
+  const int check_only = args[1].v_int64 & 2;
+  qk_description description;
+  description.count = 0;
+  if (n == PLAIN && !check_only) {
+    qk_describe(&call, &description);
+    const qk_ready* again = qk_repeated(&description, &call);
+    if (again) {
+      const DLDevice device = call.qkv->device;
+      void* stream = TVMFFIEnvGetStream(device.device_type, device.device_id);
+      if (qk_cuda_again(again, device.device_id, stream)) return -1;
+      return return_int(result, 0);
+    }
+  }
   qk_checked checked;
   if (qk_check(&call, &checked)) return -1;
-  if (args[1].v_int64 & 2) return return_int(result, 0);
+  if (check_only) return return_int(result, 0);
   long long answer = 0;
   if (checked.device_type == kDLCPU) {
     if (run_cpu(&checked)) return -1;
   } else {
+    qk_ready ready;
     void* stream = TVMFFIEnvGetStream(checked.device_type, checked.device_id);
-    if (qk_cuda_run(call.plan, &checked, stream, &answer)) return -1;
+    if (qk_cuda_run(call.plan, &checked, stream, &answer, &ready)) return -1;
+    if (description.count && !answer && ready.function) qk_keep(&description, &call, &ready);
   }
   return return_int(result, answer);
 }
@@ -258,8 +275,8 @@ FUNCTION(cuda_launch_bytes) {
 }
 _Static_assert(sizeof(prepared) == 32 + sizeof(qk_launch_general), "as tests/emulated.py reads it");
 
-// rows(tokens, q heads, k heads, groups, most, num_sms), block_warps(warps, num_sms): the rules of
-// the grid, for their tests.
+// rows(tokens, q heads, k heads, head_dim, bytes an element, num_sms), block_warps(warps, head_dim,
+// rows, num_sms): the rules of the grid, for their tests.
 FUNCTION(rows) {
   (void)self;
   if (n != 6) return qk_raise("TypeError", "rows: expected 6 arguments, got %d", n);
@@ -270,8 +287,9 @@ FUNCTION(rows) {
 
 FUNCTION(block_warps) {
   (void)self;
-  if (n != 2) return qk_raise("TypeError", "block_warps: expected 2 arguments, got %d", n);
-  return return_int(result, qk_block_warps(args[0].v_int64, (int)args[1].v_int64));
+  if (n != 4) return qk_raise("TypeError", "block_warps: expected 4 arguments, got %d", n);
+  return return_int(result, qk_block_warps(args[0].v_int64, (int)args[1].v_int64,
+                                           (int)args[2].v_int64, (int)args[3].v_int64));
 }
 
 // force_grid(rows, warps a block): overrides the rules while the bench tries alternatives; (0, 0)

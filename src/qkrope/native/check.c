@@ -37,7 +37,9 @@ static int make_part(const qk_call* c, const operands* o, const int* sides, qk_c
   qk_side* to[] = {&p->q, &p->k, &p->v};
   const qk_view* lead = &o->in[sides[Q] ? Q : sides[K] ? K : V];
   long long walks[WALKS][QK_RAW_DIMS];
-  memset(walks, 0, sizeof walks);
+  for (int d = 0; d < lead->ndim - 2; ++d)
+    for (int i = 0; i < WALKS; ++i) walks[i][d] = 0;
+  memset(p, 0, sizeof *p);
   p->general = out->variant.general;
   for (int i = 0; i < SIDES; ++i) {
     if (!sides[i]) continue;
@@ -45,8 +47,8 @@ static int make_part(const qk_call* c, const operands* o, const int* sides, qk_c
     if (qk_check_side(c, o, i, &out->variant, to[i]) ||
         qk_check_scale(c, o, i, dtype, to[i], walks[3 * i + SCALE]))
       return -1;
-    memcpy(walks[3 * i + X], x->stride, (x->ndim - 2) * sizeof *x->stride);
-    memcpy(walks[3 * i + Y], y->stride, (y->ndim - 2) * sizeof *y->stride);
+    for (int d = 0; d < x->ndim - 2; ++d)
+      walks[3 * i + X][d] = x->stride[d], walks[3 * i + Y][d] = y->stride[d];
     if (i != V)
       p->general |= to[i]->bias || to[i]->weight_head || to[i]->scale_of || to[i]->scale != 1.0f;
   }
@@ -57,7 +59,8 @@ static int make_part(const qk_call* c, const operands* o, const int* sides, qk_c
   long long* dims[] = {p->q.x_dim,     p->q.y_dim,     p->q.scale_dim, p->k.x_dim,
                        p->k.y_dim,     p->k.scale_dim, p->v.x_dim,     p->v.y_dim,
                        p->v.scale_dim, p->pos_dim,     p->cos_dim,     p->sin_dim};
-  for (int i = 0; i < WALKS; ++i) memcpy(dims[i], strides[i], p->ndim * sizeof(long long));
+  for (int d = 0; d < p->ndim; ++d)
+    for (int i = 0; i < WALKS; ++i) dims[i][d] = strides[i][d];
   return 0;
 }
 
@@ -76,8 +79,8 @@ static int is_general(const qk_plan* plan, const qk_checked* out) {
 int qk_check(const qk_call* c, qk_checked* out) {
   const qk_plan* plan = c->plan;
   operands o;
-  memset(out, 0, sizeof *out);
   memset(&o.has, 0, sizeof o.has);
+  out->num_parts = 0;  // each part is cleared when it is made: most calls have one
   out->variant = plan->variant;
   qk_variant* v = &out->variant;
   if (qk_check_sides(c, &o, &v->dtype)) return -1;

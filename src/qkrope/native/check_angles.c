@@ -275,6 +275,7 @@ int qk_check_angles(const qk_call* c, const operands* o, const int* sides, const
   }
   if (c->cos_sin_cache && check_cache(o, c->cos_sin_cache, rotary, dtype, p)) return -1;
   if (c->inv_freq && check_inv_freq(o, c->inv_freq, rotary, p)) return -1;
+  p->general |= plan->variant.axes && c->cos_sin_cache;  // a row for each axis
   const DLTensor* t = sides[Q] || !c->k_positions ? c->q_positions : c->k_positions;
   const char* name = c->k_positions ? (sides[Q] ? "positions[0]" : "positions[1]") : "positions";
   return check_positions(o, name, t, lead, turning, plan->variant.axes, p, pos);

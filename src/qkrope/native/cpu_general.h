@@ -20,6 +20,9 @@ class General {
   using Turn = Turns<V, kType>;
   using Round = typename Turn::Round;
   static constexpr int N = V::N, kWidth = Turn::kWidth, kSize = kType == QK_F32 ? 4 : 2;
+  // Heads that go through together: their roots and divisions take long, and none waits for
+  // another.
+  static constexpr int kBatch = 4;
   enum { kQ, kK, kV, kSides };
   // Operands that move with the token: x, y and scale of each side, then the angles' sources.
   enum { kX, kY, kScale, kPos = 3 * kSides, kCos, kSin, kWalks };
@@ -29,12 +32,22 @@ class General {
     float mean, by;
   };
 
+  // A head on its way, and where its next step puts it.
+  struct Row {
+    float *now, *next;
+    void step() {
+      float* last = now;
+      now = next, next = last;
+    }
+  };
+
   struct Side {
     const qk_side* args;
     const qk_side_variant* spec;
     int weight_type;
     bool turns, has_scale, normalises;
     bool weight_varies, scale_varies;  // from head to head
+    long long ahead;                   // bytes to the next token's x, fetched meanwhile
     alignas(64) float weight[kWidth], bias[kWidth], scale[kWidth];
   };
 
@@ -45,15 +58,17 @@ class General {
   Side sides_[kSides];
   Turn turn_;
   bool turns_ = false;  // this token
-  alignas(64) float rows_[2][kWidth];
-  float *row_ = rows_[0], *other_ = rows_[1];  // the head, and where the next step puts it
+  alignas(64) float memory_[2 * kBatch][kWidth];
+  Row rows_[kBatch];
 
  public:
   General(const General&) = delete;
   // only_v: q and k are the other kernel's.
   General(const qk_variant& v, const qk_params& p, bool only_v)
       : variant_(v), params_(p), turn_(v, p) {
-    for (int i = 0; i < kWidth; i++) rows_[0][i] = rows_[1][i] = 0;
+    for (int i = 0; i < kBatch; i++) rows_[i] = {memory_[2 * i], memory_[2 * i + 1]};
+    for (auto& row : memory_)
+      for (int c = v.head_dim; c < v.head_dim + 4 * N; c++) row[c] = 0;
     set_side(sides_[kQ], only_v ? kAbsent : p.q, v.q, v.q_weight_dtype, v.angle != QK_ANGLE_NONE);
     set_side(sides_[kK], only_v ? kAbsent : p.k, v.k, v.k_weight_dtype, v.angle != QK_ANGLE_NONE);
     set_side(sides_[kV], p.v, v.v, v.v_weight_dtype, false);
@@ -72,8 +87,11 @@ class General {
     }
     if (p.pos) walks[kPos] = {p.pos_dim, p.pos_wide ? 8 : 4};
     if (p.cos) walks[kCos] = {p.cos_dim, table}, walks[kSin] = {p.sin_dim, table};
-    Cursor<kWalks> cursor(p, walks, begin);
-    for (long long token = begin; token < end; token++, cursor.next()) {
+    Cursor<kWalks> cursor(p, walks, begin), next = cursor;
+    for (long long token = begin; token < end; token++, cursor = next) {
+      if (token + 1 < end) next.next();
+      for (int i = 0; i < kSides; i++)
+        sides_[i].ahead = next.at[3 * i + kX] - cursor.at[3 * i + kX];
       const long long index = token % p.last_size;
       turns_ = index >= p.rotate_from && index < p.rotate_to;
       const bool any = sides_[kQ].turns || sides_[kK].turns;
@@ -142,83 +160,85 @@ class General {
   void run_side(Side& s, const long long* own, const long long* walk) {
     const qk_side& a = *s.args;
     const qk_side_variant& spec = *s.spec;
-    Statistic whole{0, 1}, rest{0, 1};
-    if (spec.row && s.normalises) whole = statistic_of_all(s, own, walk);
-    for (int head = 0; head < a.heads; head++) {
-      load(s, own, walk, head);
-      if (s.weight_varies) read_weight(s, head);
-      if (s.scale_varies) read_scale(s, own[kScale], head);
-      if (s.normalises && !spec.row) {
-        whole = statistic(s, spec.norm, a.eps, 0, spec.dim);
+    Statistic all{0, 1};
+    if (spec.row && s.normalises) all = statistic_of_all(s, own, walk);
+    for (int first = 0; first < a.heads; first += kBatch) {
+      const int count = a.heads - first < kBatch ? a.heads - first : kBatch;
+      Statistic whole[kBatch], rest[kBatch];
+      for (int i = 0; i < count; i++) load(s, own, walk, first + i, rows_[i]);
+      for (int i = 0; i < count; i++) {
+        whole[i] = all, rest[i] = {0, 1};
+        if (!s.normalises || spec.row) continue;
+        whole[i] = statistic(s, spec.norm, a.eps, rows_[i], 0, spec.dim);
         if (spec.rest != QK_NORM_NONE)
-          rest = statistic(s, spec.rest, a.rest_eps, spec.dim, variant_.head_dim);
+          rest[i] = statistic(s, spec.rest, a.rest_eps, rows_[i], spec.dim, variant_.head_dim);
       }
-      if (s.normalises || s.has_scale) {
-        // In this order: vectors of the first part reach into the second.
-        normalise(s, whole, spec.norm, 0, spec.dim);
-        if (spec.dim < variant_.head_dim)
-          normalise(s, rest, spec.rest, spec.dim, variant_.head_dim);
-        swap();
+      for (int i = 0; i < count; i++) {
+        Row& row = rows_[i];
+        const int head = first + i;
+        if (s.weight_varies) read_weight(s, head);
+        if (s.scale_varies) read_scale(s, own[kScale], head);
+        if (s.normalises || s.has_scale) {
+          // In this order: vectors of the first part reach into the second.
+          normalise(s, whole[i], spec.norm, row, 0, spec.dim);
+          if (spec.dim < variant_.head_dim)
+            normalise(s, rest[i], spec.rest, row, spec.dim, variant_.head_dim);
+          row.step();
+        }
+        if (s.turns && !variant_.rope_first) turn(s, walk, head, row);
+        store(row.now, static_cast<char*>(a.y) + own[kY] + head * a.y_head * kSize);
       }
-      if (s.turns && !variant_.rope_first) turn(s, walk, head);
-      store(static_cast<char*>(a.y) + own[kY] + head * a.y_head * kSize);
     }
   }
 
-  void swap() {
-    float* next = other_;
-    other_ = row_, row_ = next;
-  }
+  // ---- the steps of a head ----
 
-  // ---- the steps of a head, on row_ ----
-
-  void load(const Side& s, const long long* own, const long long* walk, int head) {
+  void load(const Side& s, const long long* own, const long long* walk, int head, Row& row) {
     const char* x = at(s.args->x, own[kX] + head * s.args->x_head * kSize);
     const int dim = variant_.head_dim;
+    float* to = row.now;
     int i = 0;
-    for (; i + N <= dim; i += N) V::store(row_ + i, V::template widen<kType>(x + i * kSize));
-    for (; i < dim; i++) row_[i] = load_float(x + i * kSize, kType);
-    if (s.turns && variant_.rope_first) turn(s, walk, head);
+    for (int line = 0; line < dim * kSize; line += 64) __builtin_prefetch(x + s.ahead + line);
+    for (; i + N <= dim; i += N) V::store(to + i, V::template widen<kType>(x + i * kSize));
+    for (; i < dim; i++) to[i] = load_float(x + i * kSize, kType);
+    if (s.turns && variant_.rope_first) turn(s, walk, head, row);
   }
 
-  void turn(const Side& s, const long long* walk, int head) {
+  void turn(const Side& s, const long long* walk, int head, Row& row) {
     if (!turns_) {
-      if (turn_.move(row_, other_)) swap();
+      if (turn_.move(row.now, row.next)) row.step();
       return;
     }
     if (params_.table_heads) set_turn(walk, head);
-    turn_.apply(row_, other_, s.spec->round_turn);
-    swap();
+    turn_.apply(row.now, row.next, s.spec->round_turn);
+    row.step();
   }
 
   // Sum of the deviations from `mean` of channels [begin, end), or of their squares.
   template <bool kSquares>
-  double sum(float mean, int begin, int end) const {
+  static double sum(const float* row, float mean, int begin, int end) {
     typename V::D a{}, b{};
     const F minus(-mean);
     int i = begin;
     for (; i + N <= end; i += N) {
       typename V::D lo, hi;
-      V::widen(add(V::load(row_ + i), minus), lo, hi);
+      V::widen(add(V::load(row + i), minus), lo, hi);
       if (kSquares) lo *= lo, hi *= hi;
       a += lo, b += hi;
     }
-    double parts[N], total = 0;
-    __builtin_memcpy(parts, &a, N / 2 * 8);
-    __builtin_memcpy(parts + N / 2, &b, N / 2 * 8);
-    for (int width = N / 2; width; width /= 2)
-      for (int j = 0; j < width; j++) parts[j] += parts[j + width];
+    double total = V::total(a + b);
     for (; i < end; i++) {
-      const double x = row_[i] - mean;
+      const double x = row[i] - mean;
       total += kSquares ? x * x : x;
     }
-    return parts[0] + total;
+    return total;
   }
 
-  Statistic statistic(const Side& s, int norm, float eps, int begin, int end) const {
+  static Statistic statistic(const Side& s, int norm, float eps, const Row& row, int begin,
+                             int end) {
     float mean = 0;
-    if (norm == QK_NORM_LAYER) mean = (float)(sum<false>(0, begin, end) / (end - begin));
-    return finish(s, norm, eps, mean, sum<true>(mean, begin, end), end - begin);
+    if (norm == QK_NORM_LAYER) mean = (float)(sum<false>(row.now, 0, begin, end) / (end - begin));
+    return finish(s, norm, eps, mean, sum<true>(row.now, mean, begin, end), end - begin);
   }
 
   // Of all heads of a token as one row, read twice where the mean is needed first.
@@ -228,13 +248,13 @@ class General {
     double total = 0, squares = 0;
     float mean = 0;
     for (int head = 0; norm == QK_NORM_LAYER && head < heads; head++) {
-      load(s, own, walk, head);
-      total += sum<false>(0, 0, dim);
+      load(s, own, walk, head, rows_[head % kBatch]);
+      total += sum<false>(rows_[head % kBatch].now, 0, 0, dim);
     }
     if (norm == QK_NORM_LAYER) mean = (float)(total / count);
     for (int head = 0; head < heads; head++) {
-      load(s, own, walk, head);
-      squares += sum<true>(mean, 0, dim);
+      load(s, own, walk, head, rows_[head % kBatch]);
+      squares += sum<true>(rows_[head % kBatch].now, mean, 0, dim);
     }
     return finish(s, norm, s.args->eps, mean, squares, count);
   }
@@ -259,38 +279,52 @@ class General {
     return {mean, rounded[0]};
   }
 
-  // Channels [begin, end) of row_, normalised and scaled, to other_.
-  void normalise(const Side& s, const Statistic& statistic, int norm, int begin, int end) {
+  // Channels [begin, end), normalised and scaled.
+  static void normalise(const Side& s, const Statistic& statistic, int norm, const Row& row,
+                        int begin, int end) {
+    const bool plain = norm != QK_NORM_NONE && s.spec->round_norm == QK_ROUND_ONCE &&
+                       !s.args->bias && !s.has_scale;
+    if (plain) return normalise_as<true>(s, statistic, norm, row, begin, end);
+    normalise_as<false>(s, statistic, norm, row, begin, end);
+  }
+
+  template <bool kPlain>
+  static void normalise_as(const Side& s, const Statistic& statistic, int norm, const Row& row,
+                           int begin, int end) {
     const int rounding = s.spec->round_norm;
     const bool steps = rounding == QK_ROUND_A || rounding == QK_ROUND_C, bias = s.args->bias;
     const F mean(statistic.mean), minus(-statistic.mean), by(statistic.by);
+    const float* from = row.now;
+    float* to = row.next;
     for (int i = begin; i < end; i += N) {
-      F x = V::load(row_ + i);
-      if (norm != QK_NORM_NONE) {
-        const F weight = V::load(s.weight + i);
-        x = steps ? normalise_by_steps<Round>(x, mean, by, divides(s, norm), weight)
-                  : mul(mul(add(x, minus), by), weight);
+      F x = V::load(from + i);
+      const F weight = V::load(s.weight + i);
+      if (kPlain || (norm != QK_NORM_NONE && !steps))
+        x = mul(mul(add(x, minus), by), weight);
+      else if (norm != QK_NORM_NONE)
+        x = normalise_by_steps<Round>(x, mean, by, divides(s, norm), weight);
+      if (!kPlain && norm != QK_NORM_NONE) {
         if (bias) x = add(x, V::load(s.bias + i));
         if (rounding != QK_ROUND_ONCE) x = Round::round(x);
       }
-      if (s.has_scale) {
+      if (!kPlain && s.has_scale) {
         x = mul(x, V::load(s.scale + i));
         if (rounding != QK_ROUND_ONCE) x = Round::round(x);
       }
-      V::store(other_ + i, x);
+      V::store(to + i, x);
     }
   }
 
-  void store(char* y) const {
+  void store(const float* row, char* y) const {
     const int dim = variant_.head_dim;
     F e, o;
     int i = 0;
     for (; i + 2 * N <= dim; i += 2 * N) {
-      V::template arrange<kType, false>(V::load(row_ + i), V::load(row_ + i + N), e, o);
+      V::template arrange<kType, false>(V::load(row + i), V::load(row + i + N), e, o);
       V::template store2<kType, false, false>(y + i * kSize, 0, e, o);
     }
     if (i == dim) return;
-    V::template arrange<kType, false>(V::load(row_ + i), V::load(row_ + i + N), e, o);
+    V::template arrange<kType, false>(V::load(row + i), V::load(row + i + N), e, o);
     V::template store2<kType, false, true>(y + i * kSize, dim - i, e, o);
   }
 };

@@ -1,6 +1,7 @@
 // cpu_kernel.h: the CPU kernel of what most models do, written once over V, the vectors of one
 // instruction set; the others' is in cpu_general.h. No norm or "rms" of each head, one weight for
-// all heads, then a rotation of the leading channels, "half" or "interleaved".
+// all heads, then a rotation of the leading channels, "half" or "interleaved", where the pairs may
+// turn by positions on several axes.
 //
 // A token is handled in three steps: the angles of its pairs; per side, the weights folded with
 // them into the four factors of a rotation; then, head by head, the sum of squares and the
@@ -56,11 +57,13 @@ class Kernel {
   const qk_variant& variant_;
   const qk_params& params_;
   const int rotary_, half_;  // rotated channels; half pairing: the distance within a pair
+  const bool axes_;
   const Blocks squares_, pairs_, rest_;
   const int pair_vectors_;
   Side sides_[2];
   alignas(64) float angle_[4 * kPairs];  // [pair vector][ca, sa, cb, sb][N], from a caller's table
   alignas(64) float frac_[2 * kPairs];   // [pair vector][lo, hi][N], the bits of integers
+  alignas(64) float axis_[2 * kPairs];   // [pair vector][position, -][N], where there are axes
   alignas(64) float row_[kChannels + kBlock];  // scratch, in the order of channels
 
  public:
@@ -69,6 +72,7 @@ class Kernel {
         params_(p),
         rotary_(v.angle == QK_ANGLE_NONE ? 0 : v.rotary_dim),
         half_(rotary_ / 2),
+        axes_(v.axes && v.angle == QK_ANGLE_PHASE),
         squares_(blocks(v.head_dim)),
         pairs_(blocks(kInterleaved ? rotary_ : half_)),
         rest_(blocks(v.head_dim - rotary_)),
@@ -91,6 +95,7 @@ class Kernel {
       if (token + 1 < end) ahead.next();
       int position = 0;
       if (p.pos) __builtin_memcpy(&position, at(p.pos, cursor.at[kPos]), 4);
+      if (axes_) read_axes(at(p.pos, cursor.at[kPos]));
       if (variant_.angle == QK_ANGLE_TABLE) read_angles(cursor, position);
       if (variant_.angle != QK_ANGLE_NONE) fold(position);
       run_side(sides_[0], cursor.at + kQx, ahead.at[kQx]);
@@ -184,12 +189,23 @@ class Kernel {
     }
   }
 
+  // The position of each pair, on its own axis.
+  void read_axes(const char* position) {
+    const long long step = params_.pos_axis * (params_.pos_wide ? 8 : 4);
+    for (int i = 0; i < half_; i++)
+      __builtin_memcpy(row_ + i, at(position, params_.pairs[i].axis * step), 4);
+    clear_after(half_);
+    if (kInterleaved) duplicate();
+    arrange_pairs(row_, row_, axis_, 2, 0);
+  }
+
   void fold(int position) {
     for (int v = 0; v < pair_vectors_; v++) {
       F ca, sa, cb, sb;
       if (variant_.angle == QK_ANGLE_PHASE) {
         const float* f = frac_ + v * 2 * N;
-        sincos_phase(phase(I(position), V::load_bits(f), V::load_bits(f + N)), sa, ca);
+        const I p = axes_ ? V::load_bits(axis_ + v * 2 * N) : I(position);
+        sincos_phase(phase(p, V::load_bits(f), V::load_bits(f + N)), sa, ca);
         cb = ca, sb = sa;
       } else {
         const float* f = angle_ + v * 4 * N;

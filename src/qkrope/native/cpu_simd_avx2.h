@@ -71,6 +71,11 @@ struct Avx2 {
     hi = _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1));
   }
 
+  static double total(D a) {
+    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
+    return _mm_cvtsd_f64(s) + _mm_cvtsd_f64(_mm_unpackhi_pd(s, s));
+  }
+
   // Rounded to kType, nearest even, and back. A NaN has a zero lower half here and stays.
   template <int kType>
   static F round(F a) {

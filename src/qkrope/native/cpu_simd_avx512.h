@@ -77,6 +77,8 @@ struct Avx512 {
     hi = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
   }
 
+  static double total(D a) { return _mm512_reduce_add_pd(a); }
+
   // Rounded to kType, nearest even, and back. A NaN has a zero lower half here and stays.
   template <int kType>
   static F round(F a) {

@@ -79,6 +79,8 @@ struct Portable {
   typedef double D __attribute__((vector_size(16)));
   static void widen(F a, D& lo, D& hi) { lo = D{a.v[0], a.v[1]}, hi = D{a.v[2], a.v[3]}; }
 
+  static double total(D a) { return a[0] + a[1]; }
+
   // Rounded to kType, nearest even, and back. A NaN has a zero lower half here and stays.
   template <int kType>
   static F round(F a) {

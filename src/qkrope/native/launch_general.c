@@ -139,14 +139,14 @@ void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk
   const int aligned = is_aligned(c, p);
   out->function = qk_choose_kernel(kernels, aligned, p->plain.side[Q].heads,
                                    p->plain.side[K].heads + p->v.heads, p->plain.tokens, head_dim,
-                                   &rows, answer);
+                                   v->dtype == QK_F32 ? 4 : 2, &rows, answer);
   if (is_row(&v->q) || is_row(&v->k) || is_row(&v->v)) {
     if (out->function != QK_SCALAR) out->function = 0;  // the only other one
     shape_teams(kernels, c, p, out);
     return;
   }
   if (out->function == 1 && QK_PASSES(head_dim) == 4)
-    out->function = 0, rows = 1;  // no such kernel
+    out->function = 2, rows = 4;  // no such kernel
   p->plain.q_slots = qk_shape_side(&p->plain.side[Q], rows, head_dim);
   p->k_slots = p->plain.q_slots + qk_shape_side(&p->plain.side[K], rows, head_dim);
   const int slots = p->k_slots + qk_shape_side(&p->v, rows, head_dim);

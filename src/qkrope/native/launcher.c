@@ -189,22 +189,31 @@ int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* ker
 
 static int slots_of(int heads, int a_slot) { return (heads + a_slot - 1) / a_slot; }
 
-// Heads of one token that a group of lanes serves, 1, 2 or `most`: the fewest that leave at most 20
-// warps a multiprocessor. More warps would not fit beside those of the next call, fewer would not
-// cover each other's latencies; and the more heads, the fewer times an angle is computed.
-int qk_rows(long long tokens, int q_heads, int k_heads, int groups, int most, int num_sms) {
+// Heads of one token that a group of lanes serves: 1, 2 or 4, at most QK_PASSES.
+// A small call: the fewest that leave at most 20 warps a multiprocessor. More warps would not fit
+// beside those of the next call, fewer would not cover each other's latencies; and the more heads,
+// the fewer times an angle is computed.
+// A large one: as many as make 32 bytes a lane in flight, which is where registers still allow 40
+// warps; but the most where groups cannot share a token's heads out evenly, and where rows are no
+// whole cache lines, which neighbouring heads of a group then share.
+int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms) {
+  const int groups = QK_GROUPS(head_dim), most = QK_PASSES(head_dim);
   int rows = 1;
-  for (; rows < most; rows *= 2) {
-    int slots = slots_of(q_heads, rows * groups) + slots_of(k_heads, rows * groups);
-    if (tokens * slots <= 20LL * num_sms) break;
-  }
-  return rows;
+  for (; rows < most; rows *= 2)
+    if (tokens * (slots_of(q_heads, rows * groups) + slots_of(k_heads, rows * groups)) <=
+        20LL * num_sms)
+      return rows;
+  const int lanes = QK_LANES(head_dim), best = size * QK_LANE_UNITS(head_dim) <= 2 ? 2 : 1;
+  const int even = q_heads % (best * groups) == 0 && k_heads % (best * groups) == 0;
+  return even && (lanes & (lanes - 1)) == 0 ? best : most;
 }
 
-// Warps a block: about five blocks a multiprocessor while the grid is small.
-int qk_block_warps(long long warps, int num_sms) {
+// Warps a block: about five blocks a multiprocessor while the grid is small; at most 8, or 4 of the
+// kernels that take more registers, where blocks of 8 would leave some unused.
+int qk_block_warps(long long warps, int head_dim, int rows, int num_sms) {
+  const int most = rows == 4 || QK_LANE_UNITS(head_dim) > 1 ? 4 : 8;
   long long block = (warps + 5LL * num_sms - 1) / (5LL * num_sms);
-  return block > QK_BLOCK_WARPS ? QK_BLOCK_WARPS : block < 1 ? 1 : (int)block;
+  return block > most ? most : block < 1 ? 1 : (int)block;
 }
 
 static long long mix(long long bits, const qk_launch_side* s, const qk_launch* p, int side) {
@@ -274,25 +283,24 @@ void qk_fill_launch(const qk_params* p, int item, const qk_frac* frac, qk_launch
 }
 
 // For the bench that justifies the rules above: heads a group, warps a block; 0 is the rule.
-static int forced_rows, forced_warps;
+static int forced_rows, forced_warps, epoch;
 
-void qk_force_grid(int rows, int warps) { forced_rows = rows, forced_warps = warps; }
+void qk_force_grid(int rows, int warps) { forced_rows = rows, forced_warps = warps, ++epoch; }
+int qk_grid_epoch(void) { return epoch; }
 
-int qk_choose_kernel(const qk_kernels* kernels, int aligned, int heads_of_q, int others,
-                     long long tokens, int head_dim, int* rows, long long* answer) {
-  const int most = QK_PASSES(head_dim);
+int qk_choose_kernel(const qk_kernels* kernels, int aligned, int q_heads, int k_heads,
+                     long long tokens, int head_dim, int size, int* rows, long long* answer) {
   void* const* functions = kernels->function;
   if (functions[0] && aligned) {
-    *rows = forced_rows
-                ? forced_rows
-                : qk_rows(tokens, heads_of_q, others, QK_GROUPS(head_dim), most, kernels->num_sms);
+    *rows = forced_rows ? forced_rows
+                        : qk_rows(tokens, q_heads, k_heads, head_dim, size, kernels->num_sms);
     return *rows == 4 ? 2 : *rows - 1;
   }
   static int said[2];  // a slow path announces itself, once
   int why = functions[0] ? 0 : 1;
   if (!said[why]) *answer = -1 - why;
   said[why] = 1;
-  *rows = most;
+  *rows = QK_PASSES(head_dim);
   return QK_SCALAR;
 }
 
@@ -308,7 +316,7 @@ void qk_shape_grid(const qk_kernels* kernels, unsigned tokens, int slots, int ro
                    qk_grid* out) {
   const unsigned tokens_a_warp = QK_ON_TOKENS(head_dim, rows) ? QK_GROUPS(head_dim) : 1;
   const unsigned warps = (tokens + tokens_a_warp - 1) / tokens_a_warp;
-  unsigned block = qk_block_warps((long long)warps * slots, kernels->num_sms);
+  unsigned block = qk_block_warps((long long)warps * slots, head_dim, rows, kernels->num_sms);
   if (forced_warps) block = forced_warps;
   const unsigned blocks = (warps + block - 1) / block;
   out->grid[0] = slots;
@@ -321,59 +329,76 @@ void qk_shape_grid(const qk_kernels* kernels, unsigned tokens, int slots, int ro
 
 void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
                 const qk_params* params, qk_launch* p, qk_grid* out, long long* answer) {
-  const int head_dim = c->variant.head_dim;
+  const int head_dim = c->variant.head_dim, size = c->variant.dtype == QK_F32 ? 4 : 2;
   int rows;
-  qk_fill_launch(params, c->variant.dtype == QK_F32 ? 4 : 2, frac, p);
-  out->function =
-      qk_choose_kernel(kernels, kernels->function[0] && is_aligned(c, p), p->side[0].heads,
-                       p->side[1].heads, p->tokens, head_dim, &rows, answer);
+  qk_fill_launch(params, size, frac, p);
+  const int aligned = kernels->function[0] && is_aligned(c, p);
+  out->function = qk_choose_kernel(kernels, aligned, p->side[0].heads, p->side[1].heads, p->tokens,
+                                   head_dim, size, &rows, answer);
   p->q_slots = qk_shape_side(&p->side[0], rows, head_dim);
   const int slots = p->q_slots + qk_shape_side(&p->side[1], rows, head_dim);
   qk_shape_grid(kernels, p->tokens, slots, rows, head_dim, out);
 }
 
-static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* params, void* stream,
-                  long long* answer) {
-  union {
-    qk_launch plain;
-    qk_launch_general general;
-  } p;
-  qk_grid shape;
-  if (params->tokens > INT32_MAX)
-    return qk_raise("ValueError", "q, k: got %lld tokens, expected at most 2^31 - 1",
-                    params->tokens);
-  if (c->general)
-    qk_prepare_general(slot->kernels, slot->frac, c, params, &p.general, &shape, answer);
-  else
-    qk_prepare(slot->kernels, slot->frac, c, params, &p.plain, &shape, answer);
+static int submit(void* function, const qk_grid* grid, const void* launch, void* stream) {
   launch_attribute attribute;
   memset(&attribute, 0, sizeof attribute);
   attribute.id = PROGRAMMATIC_STREAM_SERIALIZATION;
   attribute.value.flag = 1;
   launch_config config;
   memset(&config, 0, sizeof config);
-  memcpy(config.grid, shape.grid, sizeof config.grid);
-  memcpy(config.block, shape.block, sizeof config.block);
+  memcpy(config.grid, grid->grid, sizeof config.grid);
+  memcpy(config.block, grid->block, sizeof config.block);
   config.stream = stream;
   config.attributes = &attribute;
   config.num_attributes = 1;
-  void* arguments[] = {&p};
-  TRY(LaunchKernelEx(&config, slot->kernels->function[shape.function], arguments, 0));
+  void* arguments[] = {(void*)launch};
+  TRY(LaunchKernelEx(&config, function, arguments, 0));
   return 0;
 }
 
-int qk_cuda_run(const qk_plan* plan, const qk_checked* c, void* stream, long long* answer) {
+static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* params, void* stream,
+                  long long* answer, qk_ready* ready) {
+  if (params->tokens > INT32_MAX)
+    return qk_raise("ValueError", "q, k: got %lld tokens, expected at most 2^31 - 1",
+                    params->tokens);
+  const qk_kernels* kernels = slot->kernels;
+  if (c->general) {
+    qk_launch_general p;
+    qk_grid grid;
+    qk_prepare_general(kernels, slot->frac, c, params, &p, &grid, answer);
+    return submit(kernels->function[grid.function], &grid, &p, stream);
+  }
+  qk_ready here, *to = ready ? ready : &here;
+  qk_prepare(kernels, slot->frac, c, params, &to->launch, &to->grid, answer);
+  to->function = kernels->function[to->grid.function];
+  if (submit(to->function, &to->grid, &to->launch, stream)) return -1;
+  if (to->grid.function == QK_SCALAR) to->function = 0;
+  return 0;
+}
+
+int qk_cuda_run(const qk_plan* plan, const qk_checked* c, void* stream, long long* answer,
+                qk_ready* ready) {
   long long key = qk_slot_key(c);
   const qk_slot* slot = find_slot(plan, c, key);
+  if (ready) ready->function = 0;
   if (!slot) {
     *answer = key;
     return 0;
   }
   int pushed, status = 0;
   if (enter(c->device_id, &pushed)) return -1;
-  for (int i = 0; i < c->num_parts && !status; ++i) {
-    if (c->part[i].tokens) status = launch(slot, c, &c->part[i], stream, answer);
-  }
+  for (int i = 0; i < c->num_parts && !status; ++i)
+    if (c->part[i].tokens)
+      status = launch(slot, c, &c->part[i], stream, answer, c->num_parts == 1 ? ready : 0);
+  leave(pushed);
+  return status;
+}
+
+int qk_cuda_again(const qk_ready* ready, int device, void* stream) {
+  int pushed;
+  if (enter(device, &pushed)) return -1;
+  int status = submit(ready->function, &ready->grid, &ready->launch, stream);
   leave(pushed);
   return status;
 }

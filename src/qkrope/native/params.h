@@ -189,7 +189,6 @@ typedef struct {
 #define QK_PASSES(head_dim) (QK_LANE_UNITS(head_dim) <= 1 ? 4 : 2)
 // The groups of a warp are side by side on tokens, or (fewer rows) on the heads of one token.
 #define QK_ON_TOKENS(head_dim, rows) ((rows) == QK_PASSES(head_dim))
-#define QK_BLOCK_WARPS 8  // at most
 // Norms of whole rows: heads a group of lanes holds at once, and warps that a token has at most.
 #define QK_TEAM_ROWS(head_dim) (4 / QK_LANE_UNITS(head_dim))
 #define QK_TEAM_WARPS(head_dim) (QK_LANE_UNITS(head_dim) <= 2 ? 16 : 8)

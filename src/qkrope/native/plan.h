@@ -74,22 +74,34 @@ int qk_check(const qk_call* call, qk_checked* out);
 void qk_fracs_of_inv_freq(const void* inv_freq, int is_double, long long step, int reverse, int n,
                           qk_frac* out);
 
-// launcher.c
-// *answer: > 0, nothing ran and these kernels are to be bound first; 0; or -1 (unaligned rows) or
-// -2 (no aligned layout) the first time such a call took the slow kernel.
-int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long long* answer);
-long long qk_slot_key(const qk_checked* call);
-qk_kernels* qk_cuda_load(int device, const void* cubin);
-int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
-void qk_force_grid(int rows, int warps);
-int qk_rows(long long tokens, int q_heads, int k_heads, int groups, int most, int num_sms);
-int qk_block_warps(long long warps, int num_sms);
-
 // One launch: which of a cubin's functions, and its grid and block.
 typedef struct {
   int function;
   unsigned grid[3], block[3];
 } qk_grid;
+
+// A plain call's launch, whole.
+typedef struct {
+  void* function;
+  qk_grid grid;
+  qk_launch launch;
+} qk_ready;
+
+// launcher.c
+// *answer: > 0, nothing ran and these kernels are to be bound first; 0; or -1 (unaligned rows) or
+// -2 (no aligned layout) the first time such a call took the slow kernel.
+// Where the call is one plain launch of a vector kernel and `ready` is not null, it is copied
+// there; else ready->function is null.
+int qk_cuda_run(const qk_plan* plan, const qk_checked* call, void* stream, long long* answer,
+                qk_ready* ready);
+int qk_cuda_again(const qk_ready* ready, int device, void* stream);
+long long qk_slot_key(const qk_checked* call);
+qk_kernels* qk_cuda_load(int device, const void* cubin);
+int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
+void qk_force_grid(int rows, int warps);
+int qk_grid_epoch(void);  // another number whenever the grid was forced or set free
+int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms);
+int qk_block_warps(long long warps, int head_dim, int rows, int num_sms);
 
 // The launch of one part, laid out: launcher.c, and launch_general.c where qk_checked.general.
 void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* call,
@@ -99,8 +111,8 @@ void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk
                         long long* answer);
 // What the two share.
 void qk_fill_launch(const qk_params* part, int item, const qk_frac* frac, qk_launch* launch);
-int qk_choose_kernel(const qk_kernels* kernels, int aligned, int heads_of_q, int others,
-                     long long tokens, int head_dim, int* rows, long long* answer);
+int qk_choose_kernel(const qk_kernels* kernels, int aligned, int q_heads, int k_heads,
+                     long long tokens, int head_dim, int size, int* rows, long long* answer);
 int qk_shape_side(qk_launch_side* side, int rows, int head_dim);  // -> its slots in grid x
 void qk_shape_grid(const qk_kernels* kernels, unsigned tokens, int slots, int rows, int head_dim,
                    qk_grid* grid);
