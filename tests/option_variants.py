@@ -36,6 +36,8 @@ OPTION_VARIANTS = {
     "DeepSeek V4": general(512, rope=TRAILING, rounding=("C/h", "B/h"), k_norm=Norm("none")),
     "backwards": general(128, angle="inv_freq", rope=Rope(reverse=True)),
     "no rope": general(256, "float32", norm=Norm("layer"), v_norm=ROW, rope=None),
+    "rotation alone": general(192, norm=Norm("none"), rope=Rope(dim=64, offset=128)),
+    "nothing": general(64, norm=Norm("none"), rope=None),
     "58": general(58, k_norm=Norm("layer"), rope=Rope(dim=28, offset=10)),
     "row of 1024": general(1024, "float32", norm=Norm("layer", scope="row")),
 }

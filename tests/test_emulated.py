@@ -16,9 +16,12 @@ import torch
 import emulated
 import qkrope
 import test_groups_op
+import test_models_kernels
 from cases import Call, Recipe, assert_same_bits
 from qkrope import _native, cpu
+from qkrope.models import Entry
 from qkrope.spec import Norm, Rope, Spec
+from test_models_kernels import ENTRIES
 from test_options import LAYOUTS, OPTIONS, PAIRS, run_every_form
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -54,6 +57,13 @@ def test_two_options(device: str, first: int) -> None:
         recipe = option_recipe(PAIRS, name, turn)
         if recipe is not None:
             run_every_form(recipe, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.model)
+def test_every_model(device: str, entry: Entry) -> None:
+    test_models_kernels.test_what_is_covered_computes_the_entry(entry, device)
+    test_models_kernels.test_the_casts_of_the_models_own_code(entry, device)
 
 
 MLA = Rope(dim=64, offset=512, pairing="interleaved", output_pairing="half")

@@ -1,4 +1,4 @@
-"""Wrong options of a call, each refused by name; and what only the CPU kernels run.
+"""Wrong options of a call, each refused by name.
 
 As test_errors.py, for biases, scales, ranges of tokens, V and axes.
 """

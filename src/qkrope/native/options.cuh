@@ -76,7 +76,7 @@ struct Values {
   for (int i = 0; i < kCount; ++i) v.a[i] = Round::round(v.a[i]), v.b[i] = Round::round(v.b[i]);
 }
 
-__device__ __forceinline__ bool is_there(int first, int i) {
+[[maybe_unused]] __device__ __forceinline__ bool is_there(int first, int i) {
   return kFullLanes || first + i < kPairs;
 }
 
@@ -130,7 +130,8 @@ __device__ __forceinline__ void read_channels(const char* row, int type, int fir
   }
 }
 
-__device__ __forceinline__ const char* row_of(const void* base, int type, long long elements) {
+[[maybe_unused]] __device__ __forceinline__ const char* row_of(const void* base, int type,
+                                                               long long elements) {
   return (const char*)base + elements * (type == QK_F32 ? 4 : 2);
 }
 
@@ -182,13 +183,14 @@ __device__ __forceinline__ Span span_of(int first) {
 struct Sum {
   float high, low;
 };
-__device__ __forceinline__ float join(float a, float b) { return qk::add(a, b); }
-__device__ __forceinline__ Sum join(const Sum& a, const Sum& b) {  // the same for (b, a)
+[[maybe_unused]] __device__ __forceinline__ float join(float a, float b) { return qk::add(a, b); }
+[[maybe_unused]] __device__ __forceinline__ Sum join(const Sum& a,
+                                                     const Sum& b) {  // the same for (b, a)
   const float high = qk::add(a.high, b.high), b_part = qk::add(high, -a.high);
   const float lost = qk::add(qk::add(a.high, -qk::add(high, -b_part)), qk::add(b.high, -b_part));
   return {high, qk::add(qk::add(a.low, b.low), lost)};
 }
-__device__ __forceinline__ float shuffled(float x, int from) {
+[[maybe_unused]] __device__ __forceinline__ float shuffled(float x, int from) {
   return __shfl_sync(kAllLanes, x, from);
 }
 [[maybe_unused]] __device__ __forceinline__ Sum shuffled(const Sum& x, int from) {
@@ -211,7 +213,7 @@ template <int kNorm>
 __device__ __forceinline__ float minus_mean(float x, float mean) {
   return kNorm == QK_NORM_LAYER ? qk::add(x, -mean) : x;
 }
-__device__ __forceinline__ void add_to(float& squares, float x) {
+[[maybe_unused]] __device__ __forceinline__ void add_to(float& squares, float x) {
   squares = qk::fma(x, x, squares);
 }
 [[maybe_unused]] __device__ __forceinline__ void add_to(Sum& sum, float x) {
