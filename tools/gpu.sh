@@ -45,8 +45,13 @@ build() {
   run info build.log "$python" -m qkrope info
 }
 
+# Every test by name in the log, so that a run that is cut short still says what failed.
 tests() {
-  run test test.log "$python" -m pytest -p no:cacheprovider -m gpu ${PYTEST_ARGS:-}
+  local start=$SECONDS verdict=ok
+  "$python" -m pytest -p no:cacheprovider -m gpu -v ${PYTEST_ARGS:-} >"$out/test.log" 2>&1 ||
+    verdict="rc=$?" failed=1
+  grep -E '(FAILED|ERROR) |^E  ' "$out/test.log" | cut -c 1-200 | head -40
+  note test "$verdict" $((SECONDS - start)) "$(tail -n 1 "$out/test.log")"
 }
 
 bench() {
