@@ -4,6 +4,8 @@
 
 #include "plan.h"
 
+_Static_assert(sizeof(qk_launch_general) <= 4096, "the parameters of a kernel, on any driver");
+
 enum { Q, K, V, SIDES };
 
 static int size_of(int dtype) { return dtype == QK_F32 ? 4 : 2; }
