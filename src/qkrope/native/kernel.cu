@@ -108,22 +108,19 @@ __device__ __forceinline__ void serve(const qk_launch& p, Work& work) {
 
   // 5. Finish. The rotation needs no statistic, so it fills the time in which lanes exchange sums.
   // No store begins before every load is back: heads may share a cache line.
-  auto turn = [&](const Row& row, int j, float& ya, float& yb) {
-    // A channel that is not rotated must not see its company, which may be NaN.
-    const float a = row.a(j), b = row.b(j);
-    const bool turns = rotated(first, j);
-    float unused;
-    qk::rotate(a, turns ? b : 0.0f, f.aa[j], f.ab[j], 0.0f, 0.0f, ya, unused);
-    qk::rotate(turns ? a : 0.0f, b, 0.0f, 0.0f, f.bb[j], f.ba[j], unused, yb);
-  };
-  constexpr bool kTurnFirst = true;  // else it would hold too many registers
   float scale[kRows], ya[kRows][kCount], yb[kRows][kCount];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     scale[i] = rows[i].sum_of_squares();
-    if (kTurnFirst)
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) turn(rows[i], j, ya[i][j], yb[i][j]);
+    for (int j = 0; j < kCount; ++j) {
+      // A channel that is not rotated must not see its company, which may be NaN.
+      const float a = rows[i].a(j), b = rows[i].b(j);
+      const bool turns = rotated(first, j);
+      float unused;
+      qk::rotate(a, turns ? b : 0.0f, f.aa[j], f.ab[j], 0.0f, 0.0f, ya[i][j], unused);
+      qk::rotate(turns ? a : 0.0f, b, 0.0f, 0.0f, f.bb[j], f.ba[j], unused, yb[i][j]);
+    }
   }
   if (kNormed) {
     const bool normed = work.is_k ? QK_K_NORM == QK_NORM_RMS : QK_Q_NORM == QK_NORM_RMS;
@@ -139,7 +136,6 @@ __device__ __forceinline__ void serve(const qk_launch& p, Work& work) {
     float held_a = 0.0f, held_b = 0.0f;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      if (!kTurnFirst) turn(rows[i], j, ya[i][j], yb[i][j]);
       const float by = kNormed ? scale[i] : 1.0f;
       rows[i].set(j, qk::mul(ya[i][j], by), qk::mul(yb[i][j], by), held_a, held_b);
     }

@@ -184,8 +184,7 @@ int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* ker
   return 0;
 }
 
-// ---- the grid
-// -------------------------------------------------------------------------------------
+// ---- the grid ----------------------------------------------------------------------------------
 
 static int slots_of(int heads, int a_slot) { return (heads + a_slot - 1) / a_slot; }
 

@@ -113,8 +113,7 @@ typedef struct {
   int early_weights;  // CUDA: nothing on this stream can have written the weights
 } qk_params;
 
-// ---- CUDA: the same call laid out for a launch, what every warp reads first and together
-// ----------
+// ---- CUDA: the same call laid out for a launch, what every warp reads first and together -------
 
 // Strides are in bytes. Blocks below q_slots in x serve q, the rest k. A group of lanes serves
 // `passes` heads of one token.
