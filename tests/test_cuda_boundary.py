@@ -145,6 +145,38 @@ def test_out_and_positions_of_both_sides() -> None:
         assert native([*base, k_positions, None, None, None, None, *out]) == key()
 
 
+# ---- compiling ahead --------------------------------------------------------------------------
+
+
+def test_what_is_compiled_ahead_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from qkrope.cuda import launch
+
+    variants = [Variant.of(SPEC, "bfloat16", None, None, angle) for angle in ("phase", "table")]
+    compiled: list[Variant] = []
+    loaded: list[bytes] = []
+
+    def compile_variant(variant: Variant, arch: str) -> SimpleNamespace:
+        compiled.append(variant)
+        return SimpleNamespace(cubin=f"{variant.angle} {arch}".encode())
+
+    def cuda_load(device: int, address: int) -> int:
+        loaded.append(ctypes.string_at(address))
+        return len(loaded)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "compile_variant", compile_variant)
+    monkeypatch.setattr(launch, "lib", lambda: SimpleNamespace(cuda_load=cuda_load))
+    monkeypatch.setattr(launch, "_loaded", {})
+    launch.compile_ahead([*variants, variants[0]], 0)
+    assert sorted(v.angle for v in compiled) == ["phase", "table"] and not loaded
+    assert [launch.load(v, 0) for v in variants] == [1, 2]
+    assert loaded == [b"phase sm_90", b"table sm_90"] and len(compiled) == 2
+    launch.compile_ahead(variants, 0)
+    assert launch.load(variants[0], 0) == 1 and len(compiled) == 2
+
+
 # ---- the launch, through a driver that only takes notes ----------------------------------------
 
 DRIVER = r"""

@@ -54,11 +54,15 @@ def warmup(
             raise ValueError(f"device: got {where}, expected one that is here: no CUDA device is")
         from .cuda import launch
 
-        for angle in ("phase", "inv_freq", "table") if spec.rotary_dim else ("none",):
-            owner = plan_of(bare_of(spec)) if angle == "table" else plan
-            variants = (_variant(spec, dtype, weight_dtype, angle, g) for g in (False, True))
-            for variant in dict.fromkeys(variants):
-                launch.build(owner, launch.slot_key(variant, _index(where)))
+        bare = plan_of(bare_of(spec))
+        owners = {
+            _variant(spec, dtype, weight_dtype, angle, general): bare if angle == "table" else plan
+            for angle in (("phase", "inv_freq", "table") if spec.rotary_dim else ("none",))
+            for general in (False, True)
+        }
+        launch.compile_ahead(owners, _index(where))
+        for variant, owner in owners.items():
+            launch.build(owner, launch.slot_key(variant, _index(where)))
     else:
         raise ValueError(f"device: expected cpu or cuda, got {where}")
 

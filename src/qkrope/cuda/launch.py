@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .compile import arch_name, compile_variant
 
 _lock = threading.Lock()
 _loaded: dict[tuple[Variant, int], int] = {}
+_ahead: dict[tuple[Variant, int], bytes] = {}  # compiled, not loaded yet
 _bound: set[tuple[int, int]] = set()
 _native: Any = None
 
@@ -84,12 +86,24 @@ def slot_key(variant: Variant, device: int) -> int:
     return 1 | dtype << 1 | weights | angle << 12 | general << 15 | device << 16
 
 
+def compile_ahead(variants: Iterable[Variant], device: int) -> None:
+    """Compile what is not loaded yet side by side: NVRTC runs outside the GIL."""
+    arch = arch_name(*torch.cuda.get_device_capability(device))
+    missing = [v for v in dict.fromkeys(variants) if (v, device) not in _loaded]
+    if len(missing) > 1:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor() as pool:
+            compiled = pool.map(lambda variant: compile_variant(variant, arch).cubin, missing)
+            _ahead.update(zip(((v, device) for v in missing), compiled, strict=True))
+
+
 def load(variant: Variant, device: int) -> int:
     """The native handle of a variant on a device: compiled and loaded once a process."""
     handle = _loaded.get((variant, device))
     if handle is None:
         arch = arch_name(*torch.cuda.get_device_capability(device))
-        cubin = compile_variant(variant, arch).cubin
+        cubin = _ahead.pop((variant, device), None) or compile_variant(variant, arch).cubin
         buffer = ctypes.create_string_buffer(cubin, len(cubin))
         handle = lib().cuda_load(device, ctypes.addressof(buffer))
         _loaded[variant, device] = handle
