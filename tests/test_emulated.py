@@ -7,7 +7,7 @@ It does not show what a GPU's memory model, its own sine or its clock bring in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from cases import Call, Recipe, assert_same_bits
 from qkrope import _native, cpu
 from qkrope.models import Entry
 from qkrope.spec import Norm, Rope, Spec
+from qkrope.variant import Variant
 from test_models_kernels import ENTRIES
 from test_options import LAYOUTS, OPTIONS, PAIRS, run_every_form
 
@@ -110,6 +111,24 @@ SHAPES = {
 def test_a_shape(device: str, name: str) -> None:
     """What models have: wide heads, rows longer than a block holds at once, aligned maps."""
     run_every_form(SHAPES[name], device)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_phases_without_a_conversion(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """As sm_75 and sm_80 take them, at every position of the recipe."""
+
+    @cache
+    def kernels(variant: Variant) -> Any:
+        return emulated.compiled("#define __CUDA_ARCH__ 800\n" + emulated.source(variant))
+
+    def emulate(plan: Any, *operands: Any) -> None:
+        for launch in emulated.launches(plan, *operands):
+            assert launch.run(kernels) is None
+
+    monkeypatch.setattr(cpu, "qk_norm_rope", emulate)
+    for spec in (Spec(5, 2, 128), Spec(3, 2, 64, rope=Rope(dim=32, pairing="interleaved"))):
+        call = Recipe(spec, dtype=dtype, lead=(37,)).make()
+        call.check(*qkrope.qk_norm_rope(*call.args()))
 
 
 @pytest.mark.parametrize("name", ["gated", "mlp", "thirds", "indexer"])

@@ -12,7 +12,9 @@
 #include <ucontext.h>
 
 #define __CUDACC__ 1
+#ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 900
+#endif
 #define __device__
 #define __global__
 #define __forceinline__ inline

@@ -8,9 +8,16 @@ namespace {
 __device__ __forceinline__ void sincos_of_phase(int phase, float& s, float& c) {
   if (QK_DTYPE == QK_F32) {
     qk::sincos_phase(phase, s, c);
-  } else {  // |x| <= pi: the hardware's error bound is flat there, 4.4e-7
-    float x = __fmul_rn((float)phase, 1.46291807926715968e-9f);
-    sincos_by_hardware(x, s, c);
+  } else {
+#if __CUDA_ARCH__ >= 860
+    sincos_by_hardware(__fmul_rn((float)phase, 1.46291807926715968e-9f), s, c);
+#else
+    // Here a conversion takes the pipe of the sines: the nearest fraction of a turn of 23 bits goes
+    // into a mantissa instead. Half a turn is left over, which the signs make up for.
+    const float turn = __int_as_float(0x3f800000 | (int)(((unsigned)phase + 0x100u) >> 9));
+    sincos_by_hardware(__fmul_rn(__fadd_rn(turn, -1.5f), 6.283185307179586f), s, c);
+    s = -s, c = -c;
+#endif
   }
 }
 
