@@ -227,8 +227,9 @@ def criterion_terms(
 
     norm_first: own = ((|x| + |mean|) * rstd * |w| + |bias|) * |scale|, of both channels of the pair
     together, times the gain.
-    rope_first: (((|x_a| + |x_b|) * gain + |mean|) * rstd * |w_i| + |bias_i|) * |scale_i|, of the
-    channel's own w, bias and scale.
+    rope_first: ((own + average(own)) * rstd * |w_i| + |bias_i|) * |scale_i| with own = (|x_a| +
+    |x_b|) * gain and the channel's own w, bias and scale; the average is a LayerNorm's alone: its
+    mean is a sum of products of the rotation, which may nearly cancel.
     The gain is max(1, attention factor), or max(1, |cos|, |sin|) with a caller's table. A channel
     or token that is not rotated has its own term alone, and a channel outside every norm |x|.
     Arguments as in `qk_norm_rope`.
@@ -263,7 +264,10 @@ def _terms(side: Side, order: str) -> Tensor:
 
     def normed(x: Tensor, span: Span) -> Tensor:
         mean, rstd = statistics(turned[..., span.channels], span.norm)
-        y, w = (x + mean.abs()) * rstd, effective_weight(span)
+        size = mean.abs()
+        if order == "rope_first" and span.norm.kind == "layer":
+            size = x.mean((-2, -1) if span.norm.scope == "row" else -1, keepdim=True)
+        y, w = (x + size) * rstd, effective_weight(span)
         y = y if w is None else y * w.abs()
         return y if span.bias is None else y + span.bias.double().abs()
 
