@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -303,16 +305,28 @@ def test_terms_of_options_by_hand() -> None:
     torch.testing.assert_close(terms[:, 0], torch.tensor([own, wide], dtype=FP64))
 
 
-def test_rope_first_terms_bound_the_rotated_row() -> None:
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_rope_first_terms_bound_the_rotated_row(kind: str) -> None:
     """The bound of |y|, and so of every error that a rounding of a summand makes."""
     q, _ = heads()
     w, bias, scale = draw(3, D, seed=5)
-    s = spec(Rope(dim=6, offset=4), norm=Norm("layer"), order="rope_first")
+    s = spec(Rope(dim=6, offset=4), norm=Norm(kind), order="rope_first")
     args, extras = (q, None, w, None, counts(), s), {"q_bias": bias, "q_scale": scale}
     y, _ = reference.qk_norm_rope(*args, **extras)
     terms, _ = reference.criterion_terms(*args, **extras)
     assert bool((y.abs() <= terms * (1 + 1e-12)).all())
-    assert float((terms / y.abs()).min()) < 1.05  # and no larger than it has to be somewhere
+    if kind == "rms":
+        # No larger than it has to be somewhere: where the two products of a pair have one sign.
+        assert float((terms / y.abs()).min()) < 1.05
+        return
+    # Of a LayerNorm the mean is a sum too, and all of its summands would have to agree.
+    none, _ = reference.criterion_terms(q, None, w, None, counts(), replace(s, norm=Norm()))
+    turned, _ = reference.qk_norm_rope(q, None, None, None, counts(), replace(s, norm=Norm("none")))
+    rms = (turned.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    own = none / (rms * w.double().abs())
+    rstd = (turned.var(-1, correction=0, keepdim=True) + 1e-6).rsqrt()
+    want = (own + own.mean(-1, keepdim=True)) * rstd * w.double().abs() + bias.double().abs()
+    assert torch.allclose(terms, want * scale.double().abs(), rtol=1e-12)
 
 
 def test_frequencies_take_the_sign_of_reverse() -> None:
