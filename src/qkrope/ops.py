@@ -54,7 +54,7 @@ def _refuse_grad(in_place: bool, named: dict[str, Any]) -> None:
 
 
 def _prepare(
-    in_place: bool,
+    in_place: bool | None,
     qkv: Tensor | None,
     q: Tensor | None,
     k: Tensor | None,
@@ -64,12 +64,17 @@ def _prepare(
     spec: Spec,
     extras: dict[str, Any],
 ) -> tuple[Plan, tuple[Any, ...]]:
-    """The call in native order: everything but the plain packed call comes through here."""
+    """The call in native order: everything but the plain packed call comes through here.
+
+    in_place: what an error about gradients says; None for a backward, which has none itself.
+    """
     seq_len = extras.pop("seq_len", None)
     packed = qkv is not None
     sides = (packed or q is not None, packed or k is not None)
     known = native_operands(spec, extras, sides, packed) if extras else {}
-    if torch.is_grad_enabled():
+    if in_place is None:
+        flags = 0  # of a training step, whose kernels do write weights
+    elif torch.is_grad_enabled():
         named = {"qkv": qkv, "q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight}
         _refuse_grad(in_place, named | known)
         flags = 0

@@ -103,6 +103,8 @@ const char* qk_cpu_isa(void) {
 
 int qk_cpu_supported(const char* name) { return name && *name && find(name); }
 
+int qk_cpu_backward(const qk_variant*, const qk_params*, const qk_grads*) { return -1; }
+
 int qk_cpu_run(const qk_variant* variant, const qk_params* params) {
   const qk_variant& v = *variant;
   const qk_params& p = *params;
