@@ -25,7 +25,7 @@ from qkrope.ops import CHECK_ONLY
 from qkrope.variant import Variant
 
 HERE = Path(__file__).parent / "emulate"
-NAMES = ("vector1", "vector2", "vector4", "scalar")  # by the numbers of plan.h
+NAMES = ("vector1", "vector2", "vector4", "scalar", "sums")  # by the numbers of plan.h
 # -fsanitize=alignment: a GPU faults where a CPU does not mind.
 FLAGS = (
     *("-x", "c++", "-std=c++17", "-O0", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"),
@@ -42,13 +42,19 @@ def source(variant: Variant) -> str:
     ptx = _native.resource("native", "ptx.cuh").read_text()
     assert ptx in text and "asm" not in text.replace(ptx, "")
     parts = {name: (HERE / name).read_text() for name in ("device.h", "ptx.h", "run.h")}
-    table = ", ".join(f"qkrope_{name}" if name in variant.kernels else "nullptr" for name in NAMES)
     launch = "qk_launch" if variant.options is None else "qk_launch_general"
+    if variant.backward:
+        launch = "qk_launch_backward_plain"
+    launches = {name: "qk_launch_sums" if name == "sums" else launch for name in NAMES}
+    table = ", ".join(
+        f"call<{launches[name]}, qkrope_{name}>" if name in variant.kernels else "nullptr"
+        for name in NAMES
+    )
     return "\n".join(
         (
             parts["device.h"],
             text.replace(ptx, parts["ptx.h"]),
-            f"#define KERNELS {table}\nusing Launch = {launch};",
+            f"#define KERNELS {table}",
             parts["run.h"],
         )
     )
@@ -93,36 +99,50 @@ class _Prepared(ctypes.Structure):
     _fields_ = (("grid", _Grid), ("launch", ctypes.c_char * _native.lib().cuda_launch_bytes()))
 
 
+class _Step(ctypes.Structure):
+    """qk_backward_step of native/backward.h."""
+
+    _fields_ = (("grid", _Grid), ("launch", ctypes.c_char * _native.lib().backward_launch_bytes()))
+
+
 @dataclass
 class Launch:
     """One launch of a call: the kernel's number in NAMES may be changed before it runs."""
 
     variant: Variant
-    prepared: _Prepared
+    prepared: _Prepared | _Step
 
     def run(self, kernels: Callable[[Variant], Any] = kernels) -> str | None:
         """None, or what a GPU would not have borne."""
         grid = self.prepared.grid
-        address = ctypes.addressof(self.prepared) + _Prepared.launch.offset
+        address = ctypes.addressof(self.prepared) + type(self.prepared).launch.offset
         run = kernels(self.variant)
         problem = run(grid.function, grid.grid, grid.block, ctypes.c_void_p(address))
         return problem if problem is None else problem.decode()
 
 
-def launches(plan: Any, *operands: Any, num_sms: int = NUM_SMS) -> list[Launch]:
+def launches(
+    plan: Any, *operands: Any, num_sms: int = NUM_SMS, backward: bool = False
+) -> list[Launch]:
     """What a call on CUDA would launch; the arguments of `qkrope.cpu.qk_norm_rope`."""
-    prepare = _native.lib().cuda_prepare
+    lib = _native.lib()
+    prepare = lib.backward_prepare if backward else lib.cuda_prepare
     key = prepare(0, 0, num_sms, plan.handle, *operands)
     variant = variant_of(plan.spec, key)
     mask = sum(1 << i for i, name in enumerate(NAMES) if name in variant.kernels)
-    found = (_Prepared * MOST_PARTS)()
+    found = ((_Step if backward else _Prepared) * (2 * MOST_PARTS))()
     count = prepare(ctypes.addressof(found), mask, num_sms, plan.handle, *operands)
     return [Launch(variant, one) for one in found[:count]]
 
 
-def emulate(plan: Any, *operands: Any, num_sms: int = NUM_SMS) -> None:
+def emulate_backward(plan: Any, *operands: Any, num_sms: int = NUM_SMS) -> None:
+    """The same, in the place of `qkrope.cpu.qk_norm_rope_backward`."""
+    emulate(plan, *operands, num_sms=num_sms, backward=True)
+
+
+def emulate(plan: Any, *operands: Any, num_sms: int = NUM_SMS, backward: bool = False) -> None:
     """Run a call as CUDA would, in the place of `qkrope.cpu.qk_norm_rope`."""
-    found = launches(plan, *operands, num_sms=num_sms)
+    found = launches(plan, *operands, num_sms=num_sms, backward=backward)
     for launch in () if operands[0] & CHECK_ONLY else found:
         problem = launch.run()
         assert problem is None, f"{NAMES[launch.prepared.grid.function]}: {problem}"

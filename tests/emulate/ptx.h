@@ -29,6 +29,7 @@ inline void sincos_by_hardware(float x, float& s, float& c) {
 
 inline void release_next() {}
 inline void wait_for_previous() {}
+inline void fetch_into_l2(const char*) {}
 inline void settle(float&) {}
 inline void settle(const char*&) {}
 

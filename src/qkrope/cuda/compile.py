@@ -18,6 +18,7 @@ SCHEMA = 1
 STANDARD = "c++17"
 _COMMON = ("params.h", "math.h", "ptx.cuh", "lanes.cuh")
 _PLAIN = (*_COMMON, "rows.cuh", "turns.cuh", "kernel.cu")
+_BACKWARD = (*_COMMON, "rows.cuh", "turns.cuh", "backward.h", "sums.cuh", "backward.cu")
 _GENERAL = (*_COMMON, "channels.cuh", "options.cuh", "angles.cuh", "general.cu")
 _COMPILERS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 _INSTALL = "pip install qkrope[cuda]"
@@ -60,6 +61,8 @@ def _body(names: tuple[str, ...]) -> str:
 
 def source(variant: Variant) -> str:
     """The complete translation unit of a variant."""
+    if variant.backward:
+        return variant.macros() + _body(_BACKWARD)
     return variant.macros() + _body(_PLAIN if variant.options is None else _GENERAL)
 
 

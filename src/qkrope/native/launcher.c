@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "plan.h"
+#include "launch.h"
 
 // ---- the few driver types we need, laid out as cuda.h has them ----------------------------------
 
@@ -85,7 +85,7 @@ static int failed(CUresult code, const char* call) {
   } while (0)
 
 // Makes the device's primary context current where another is; *pushed says whether to pop.
-static int enter(int device, int* pushed) {
+int qk_enter(int device, int* pushed) {
   int current = -1;
   *pushed = 0;
   if (cu.CtxGetDevice(&current) == 0 && current == device) return 0;
@@ -98,7 +98,7 @@ static int enter(int device, int* pushed) {
   return 0;
 }
 
-static void leave(int pushed) {
+void qk_leave(int pushed) {
   void* context;
   if (pushed) cu.CtxPopCurrent_v2(&context);
 }
@@ -119,7 +119,7 @@ long long qk_slot_key(const qk_checked* c) {
          (long long)c->general << 15 | (long long)c->device_id << 16;
 }
 
-static const qk_slot* find_slot(const qk_plan* plan, const qk_checked* c, long long key) {
+const qk_slot* qk_find_slot(const qk_plan* plan, const qk_checked* c, long long key) {
   const qk_slot* slot = __atomic_load_n(&plan->slots, __ATOMIC_ACQUIRE);
   long long free_bits = 0;
   if (c->variant.q_weight_dtype < 0) free_bits |= 15LL << Q_WEIGHT_SHIFT;
@@ -130,7 +130,7 @@ static const qk_slot* find_slot(const qk_plan* plan, const qk_checked* c, long l
 
 static int load_kernels(qk_kernels* kernels, int device, const void* cubin) {
   static const char* names[QK_KERNELS] = {"qkrope_vector1", "qkrope_vector2", "qkrope_vector4",
-                                          "qkrope_scalar"};
+                                          "qkrope_scalar", "qkrope_sums"};
   void *library, *kernel;
   TRY(DeviceGetAttribute(&kernels->num_sms, MULTIPROCESSOR_COUNT, device));
   TRY(LibraryLoadData(&library, cubin, 0, 0, 0, 0, 0, 0));
@@ -147,11 +147,11 @@ static int load_kernels(qk_kernels* kernels, int device, const void* cubin) {
 
 qk_kernels* qk_cuda_load(int device, const void* cubin) {
   int pushed, status;
-  if (driver() || enter(device, &pushed)) return 0;
+  if (driver() || qk_enter(device, &pushed)) return 0;
   qk_kernels* kernels = (qk_kernels*)calloc(1, sizeof *kernels);
   status = kernels ? load_kernels(kernels, device, cubin)
                    : qk_raise("MemoryError", "cuda_load: out of memory");
-  leave(pushed);
+  qk_leave(pushed);
   if (!status) return kernels;
   free(kernels);
   return 0;
@@ -169,10 +169,10 @@ static int upload_frac(const qk_plan* plan, qk_slot* slot) {
 
 int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels) {
   int pushed, status;
-  if (driver() || enter(device, &pushed)) return -1;
+  if (driver() || qk_enter(device, &pushed)) return -1;
   qk_slot* slot = (qk_slot*)calloc(1, sizeof *slot);
   status = slot ? upload_frac(plan, slot) : qk_raise("MemoryError", "cuda_bind: out of memory");
-  leave(pushed);
+  qk_leave(pushed);
   if (status) {
     free(slot);
     return -1;
@@ -186,8 +186,6 @@ int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* ker
 
 // ---- the grid ----------------------------------------------------------------------------------
 
-static int slots_of(int heads, int a_slot) { return (heads + a_slot - 1) / a_slot; }
-
 // Heads of one token that a group of lanes serves: 1, 2 or 4, at most QK_PASSES.
 // A small call: the fewest that leave at most 20 warps a multiprocessor. More warps would not fit
 // beside those of the next call, fewer would not cover each other's latencies; and the more heads,
@@ -199,7 +197,7 @@ int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, 
   const int groups = QK_GROUPS(head_dim), most = QK_PASSES(head_dim);
   int rows = 1;
   for (; rows < most; rows *= 2)
-    if (tokens * (slots_of(q_heads, rows * groups) + slots_of(k_heads, rows * groups)) <=
+    if (tokens * (qk_slots_of(q_heads, rows * groups) + qk_slots_of(k_heads, rows * groups)) <=
         20LL * num_sms)
       return rows;
   const int lanes = QK_LANES(head_dim), best = size * QK_LANE_UNITS(head_dim) <= 2 ? 2 : 1;
@@ -223,11 +221,9 @@ static long long mix(long long bits, const qk_launch_side* s, const qk_launch* p
   return bits;
 }
 
-// Pointers and strides of this call allow the variant's vector loads.
-static int is_aligned(const qk_checked* c, const qk_launch* p) {
-  const qk_variant* v = &c->variant;
+int qk_is_aligned(const qk_variant* v, const qk_launch* p, long long more) {
   int eights = v->pairing == QK_HALF && v->dtype != QK_F32 && QK_LANE_UNITS(v->head_dim) == 1;
-  long long bits = mix(mix(0, &p->side[0], p, 0), &p->side[1], p, 1);
+  long long bits = mix(mix(more, &p->side[0], p, 0), &p->side[1], p, 1);
   return !(bits & (eights ? 7 : 15));
 }
 
@@ -306,8 +302,8 @@ int qk_choose_kernel(const qk_kernels* kernels, int aligned, int q_heads, int k_
 int qk_shape_side(qk_launch_side* side, int rows, int head_dim) {
   // Heads that a warp serves at a time.
   const int a_pass = QK_ON_TOKENS(head_dim, rows) ? 1 : QK_GROUPS(head_dim);
-  const int needed = slots_of(side->heads, rows * a_pass);
-  if (needed) side->passes = slots_of(side->heads, needed * a_pass);  // as even as it goes
+  const int needed = qk_slots_of(side->heads, rows * a_pass);
+  if (needed) side->passes = qk_slots_of(side->heads, needed * a_pass);  // as even as it goes
   return needed;
 }
 
@@ -331,7 +327,7 @@ void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked
   const int head_dim = c->variant.head_dim, size = c->variant.dtype == QK_F32 ? 4 : 2;
   int rows;
   qk_fill_launch(params, size, frac, p);
-  const int aligned = kernels->function[0] && is_aligned(c, p);
+  const int aligned = kernels->function[0] && qk_is_aligned(&c->variant, p, 0);
   out->function = qk_choose_kernel(kernels, aligned, p->side[0].heads, p->side[1].heads, p->tokens,
                                    head_dim, size, &rows, answer);
   p->q_slots = qk_shape_side(&p->side[0], rows, head_dim);
@@ -339,7 +335,7 @@ void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked
   qk_shape_grid(kernels, p->tokens, slots, rows, head_dim, out);
 }
 
-static int submit(void* function, const qk_grid* grid, const void* launch, void* stream) {
+int qk_submit(void* function, const qk_grid* grid, const void* launch, void* stream) {
   launch_attribute attribute;
   memset(&attribute, 0, sizeof attribute);
   attribute.id = PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -366,12 +362,12 @@ static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* par
     qk_launch_general p;
     qk_grid grid;
     qk_prepare_general(kernels, slot->frac, c, params, &p, &grid, answer);
-    return submit(kernels->function[grid.function], &grid, &p, stream);
+    return qk_submit(kernels->function[grid.function], &grid, &p, stream);
   }
   qk_ready here, *to = ready ? ready : &here;
   qk_prepare(kernels, slot->frac, c, params, &to->launch, &to->grid, answer);
   to->function = kernels->function[to->grid.function];
-  if (submit(to->function, &to->grid, &to->launch, stream)) return -1;
+  if (qk_submit(to->function, &to->grid, &to->launch, stream)) return -1;
   if (to->grid.function == QK_SCALAR) to->function = 0;
   return 0;
 }
@@ -379,25 +375,25 @@ static int launch(const qk_slot* slot, const qk_checked* c, const qk_params* par
 int qk_cuda_run(const qk_plan* plan, const qk_checked* c, void* stream, long long* answer,
                 qk_ready* ready) {
   long long key = qk_slot_key(c);
-  const qk_slot* slot = find_slot(plan, c, key);
+  const qk_slot* slot = qk_find_slot(plan, c, key);
   if (ready) ready->function = 0;
   if (!slot) {
     *answer = key;
     return 0;
   }
   int pushed, status = 0;
-  if (enter(c->device_id, &pushed)) return -1;
+  if (qk_enter(c->device_id, &pushed)) return -1;
   for (int i = 0; i < c->num_parts && !status; ++i)
     if (c->part[i].tokens)
       status = launch(slot, c, &c->part[i], stream, answer, c->num_parts == 1 ? ready : 0);
-  leave(pushed);
+  qk_leave(pushed);
   return status;
 }
 
 int qk_cuda_again(const qk_ready* ready, int device, void* stream) {
   int pushed;
-  if (enter(device, &pushed)) return -1;
-  int status = submit(ready->function, &ready->grid, &ready->launch, stream);
-  leave(pushed);
+  if (qk_enter(device, &pushed)) return -1;
+  int status = qk_submit(ready->function, &ready->grid, &ready->launch, stream);
+  qk_leave(pushed);
   return status;
 }

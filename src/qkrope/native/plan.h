@@ -11,9 +11,10 @@ extern "C" {
 #endif
 
 // One loaded cubin.
-enum { QK_SCALAR = 3, QK_KERNELS = 4 };
+enum { QK_SCALAR = 3, QK_SUMS = 4, QK_KERNELS = 5 };
 typedef struct {
-  void* function[QK_KERNELS];  // CUfunction: vector of 1, 2, 4 rows (null: none), scalar
+  // CUfunction, null: none. Vector of 1, 2, 4 rows; scalar; sums of a backward's rows.
+  void* function[QK_KERNELS];
   int num_sms;
 } qk_kernels;
 

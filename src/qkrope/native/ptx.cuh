@@ -48,6 +48,11 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// The sector of an address comes into L2, where others may still write to it.
+[[maybe_unused]] __device__ __forceinline__ void fetch_into_l2(const char* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 // Asks for a value here, so that what makes it is not left for after the wait below.
 [[maybe_unused]] __device__ __forceinline__ void settle(float& x) { asm volatile("" : "+f"(x)); }
 [[maybe_unused]] __device__ __forceinline__ void settle(const char*& pointer) {
