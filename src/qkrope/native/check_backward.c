@@ -107,6 +107,7 @@ int qk_check_workspace(const qk_call* c, const operands* o, qk_checked* out) {
   for (int i = 0; i < out->num_parts; ++i) {
     const qk_side_grads* sides[] = {&out->grads[i].q, &out->grads[i].k, &out->grads[i].v};
     const long long rows = qk_partials(c->plan, out->part[i].tokens, 0);
+    out->grads[i].partials = rows;
     for (int j = 0; j < SIDES; ++j) columns += sides[j]->dweight_count + sides[j]->dbias_count;
     if (rows > needed) needed = rows;
   }
@@ -122,7 +123,7 @@ int qk_check_workspace(const qk_call* c, const operands* o, qk_checked* out) {
   for (int i = 0; i < out->num_parts; ++i) {
     qk_grads* g = &out->grads[i];
     qk_side_grads* sides[] = {&g->q, &g->k, &g->v};
-    g->partials = partials;
+    if (o->device_type != kDLCPU) g->partials = partials;
     for (int j = 0; j < SIDES; ++j) {
       sides[j]->dweight_parts = next;
       next += partials * sides[j]->dweight_count;

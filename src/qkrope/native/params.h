@@ -128,7 +128,9 @@ typedef struct {
 
 typedef struct {
   qk_side_grads q, k, v;
-  long long partials;  // rows that dweight_parts and dbias_parts have room for
+  // Rows of partial sums: on a CPU one for each block of tokens; on CUDA how many there is room
+  // for.
+  long long partials;
 } qk_grads;
 
 // ---- CUDA: the same call laid out for a launch, what every warp reads first and together -------
