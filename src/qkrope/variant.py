@@ -135,6 +135,8 @@ class Variant:
     def _vectors(self) -> tuple[str, ...]:
         if not self.vector_bytes:
             return ()
+        if self.backward and self.options is None:
+            return ("vector2",) if self.lane_units == 1 else ("vector1",)
         if self.options is not None and self.options.has_rows:
             return ("vector1",)
         if self.options is not None:

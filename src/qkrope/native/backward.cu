@@ -251,6 +251,11 @@ __device__ __forceinline__ void run(const Launch& p) {
   write_sums(sums, work.rank, channel, more.parts + block * (long long)kHeadDim);
 }
 
+[[maybe_unused]] constexpr bool kTight = kPowerOfTwo && !kPartly && QK_DTYPE != QK_F32 &&
+                                         QK_Q_NORM == QK_K_NORM && QK_ANGLE != QK_ANGLE_INV_FREQ;
+[[maybe_unused]] constexpr int kWarps = QK_BACKWARD_WARPS(kHeadDim, kTight);
+[[maybe_unused]] constexpr int kRegisters = kWarps > 8 ? 65536 / 32 / kWarps / 8 * 8 : 255;
+
 }  // namespace
 
 #define QK_KERNEL(name, bytes, rows, ahead, registers)                                       \
@@ -259,10 +264,15 @@ __device__ __forceinline__ void run(const Launch& p) {
   }
 
 #if QK_VECTOR_BYTES
-QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, true, 72)
-QK_KERNEL(qkrope_vector2, QK_VECTOR_BYTES, 2, true, 96)
-#if QK_PASSES(QK_HEAD_DIM) == 4
-QK_KERNEL(qkrope_vector4, QK_VECTOR_BYTES, 4, false, 128)
+static_assert(kRuns, "vector loads");
+#if QK_BACKWARD_ROWS(QK_HEAD_DIM) == 1
+QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, kUnits < 4, kRegisters)
+#else
+QK_KERNEL(qkrope_vector2, QK_VECTOR_BYTES, 2, true, kRegisters)
 #endif
+#endif
+#if QK_HEAD_DIM == 128 && QK_ROTARY_DIM == 128 && QK_DTYPE != 0 && QK_ANGLE == 1
+QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, true, 72)
+QK_KERNEL(qkrope_vector4, QK_VECTOR_BYTES, 4, false, 128)
 #endif
 QK_KERNEL(qkrope_scalar, 0, 1, false, 255)

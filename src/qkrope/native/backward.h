@@ -5,13 +5,13 @@
 
 #include "params.h"
 
-// Warps a multiprocessor holds, and so the registers that a thread of the kernel may have.
-#define QK_BACKWARD_WARPS(head_dim, rows) \
-  (QK_LANE_UNITS(head_dim) == 4   ? 8     \
-   : QK_LANE_UNITS(head_dim) == 2 ? 16    \
-   : (rows) == 1                  ? 28    \
-   : (rows) == 2                  ? 20    \
-                                  : 16)
+// Warps that a multiprocessor holds, and so the registers that a thread has. A tight variant:
+// 16-bit types, a power of two of lanes, no norm for one side alone, all channels turning or none,
+// by the Spec's frequencies or a table.
+#define QK_BACKWARD_WARPS(head_dim, tight) \
+  (QK_LANE_UNITS(head_dim) == 4 ? 8 : QK_LANE_UNITS(head_dim) == 1 && (tight) ? 20 : 16)
+#define QK_BACKWARD_ROWS(head_dim) (QK_LANE_UNITS(head_dim) == 1 ? 2 : 1)  // heads of a unit
+
 #define QK_SUM_WARPS 8      // of a block, at most: its sums meet in shared memory
 #define QK_SUM_THREADS 256  // of a block of the kernel that adds rows of partial sums
 #define QK_SUM_COLUMNS 4    // that such a block adds

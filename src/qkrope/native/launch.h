@@ -16,6 +16,9 @@ const qk_slot* qk_find_slot(const qk_plan* plan, const qk_checked* c, long long 
 // Pointers and strides of a plain call, and those that make up `more`, allow the vector loads.
 int qk_is_aligned(const qk_variant* v, const qk_launch* p, long long more);
 
+// QK_SCALAR, announced the first time that a call takes it: for its rows, or for want of a layout.
+int qk_scalar_kernel(int has_layout, long long* answer);
+
 int qk_submit(void* function, const qk_grid* grid, const void* launch, void* stream);
 
 #endif

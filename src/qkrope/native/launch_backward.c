@@ -22,16 +22,19 @@ void qk_force_backward(int rows, int block, int warps, int prefetch) {
   forced.rows = rows, forced.block = block, forced.warps = warps, forced.prefetch = prefetch;
 }
 
-// Heads of a unit: what leaves registers for the next unit, which is loaded meanwhile.
-static int rows_of(const qk_variant* v) {
-  if (forced.rows) return forced.rows;
-  return v->dtype == QK_F32 || QK_LANE_UNITS(v->head_dim) > 1 ? 1 : 2;
-}
+static int rows_of(int head_dim) { return forced.rows ? forced.rows : QK_BACKWARD_ROWS(head_dim); }
 
 static int block_warps(void) { return forced.block ? forced.block : 4; }
 
-static long long all_warps(int head_dim, int rows, int num_sms) {
-  return (long long)num_sms * (forced.warps ? forced.warps : QK_BACKWARD_WARPS(head_dim, rows));
+static int is_tight(const qk_variant* v) {
+  const int lanes = QK_LANES(v->head_dim);
+  return !(lanes & (lanes - 1)) && (v->rotary_dim == v->head_dim || !v->rotary_dim) &&
+         v->dtype != QK_F32 && v->q.norm == v->k.norm && v->angle != QK_ANGLE_INV_FREQ;
+}
+
+// Of the whole device.
+static long long all_warps(int head_dim, int tight, int num_sms) {
+  return (long long)num_sms * (forced.warps ? forced.warps : QK_BACKWARD_WARPS(head_dim, tight));
 }
 
 static long long ceil_div(long long a, long long b) { return (a + b - 1) / b; }
@@ -67,12 +70,13 @@ static long long units_of(const qk_launch_side* side, int rows) {
   return qk_slots_of(side->heads, rows);
 }
 
-static void shape(const qk_kernels* kernels, qk_launch_backward_plain* p, int head_dim, int rows,
+static void shape(qk_launch_backward_plain* p, const qk_variant* v, long long room, int rows,
                   long long most, qk_grid* out) {
+  const int head_dim = v->head_dim;
   qk_launch_side* side = p->plain.side;
   const long long work = ceil_div(
       p->plain.tokens * (units_of(&side[0], rows) + units_of(&side[1], rows)), QK_GROUPS(head_dim));
-  const long long steps = ceil_div(work, all_warps(head_dim, rows, kernels->num_sms));
+  const long long steps = ceil_div(work, room);
   p->plain.q_slots =
       shape_side(&side[0], &p->more[0], p->plain.tokens, steps, head_dim, rows, most);
   out->grid[0] = p->plain.q_slots +
@@ -134,15 +138,14 @@ int qk_prepare_backward(const qk_kernels* kernels, const qk_frac* frac, const qk
   fill_side(&grads->q, item, p->plain.ndim, &p->more[0], p->dy_dim[0]);
   fill_side(&grads->k, item, p->plain.ndim, &p->more[1], p->dy_dim[1]);
   p->prefetch = forced.prefetch >= 0 ? forced.prefetch : 1;
-  const int aligned = kernels->function[0] && qk_is_aligned(v, &p->plain, bits_of(p));
-  int rows;
-  grid->function = qk_choose_kernel(kernels, aligned, 1, 1, 1, v->head_dim, item, &rows, answer);
-  rows = 1;
-  if (grid->function != QK_SCALAR) {
-    rows = rows_of(v);
-    grid->function = rows == 4 ? 2 : rows - 1;
+  int rows = rows_of(v->head_dim);
+  const int vector = rows == 4 ? 2 : rows - 1, has_layout = kernels->function[vector] != 0;
+  grid->function = vector;
+  if (!has_layout || !qk_is_aligned(v, &p->plain, bits_of(p))) {
+    grid->function = qk_scalar_kernel(has_layout, answer);
+    rows = 1;
   }
-  shape(kernels, p, v->head_dim, rows, grads->partials, grid);
+  shape(p, v, all_warps(v->head_dim, is_tight(v), kernels->num_sms), rows, grads->partials, grid);
   start_sums(&to[1]);
   add_sum(grads->q.dweight, grads->q.dweight_parts, grads->q.dweight_count, p->plain.q_slots,
           &to[1]);

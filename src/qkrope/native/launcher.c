@@ -291,11 +291,15 @@ int qk_choose_kernel(const qk_kernels* kernels, int aligned, int q_heads, int k_
                         : qk_rows(tokens, q_heads, k_heads, head_dim, size, kernels->num_sms);
     return *rows == 4 ? 2 : *rows - 1;
   }
+  *rows = QK_PASSES(head_dim);
+  return qk_scalar_kernel(functions[0] != 0, answer);
+}
+
+int qk_scalar_kernel(int has_layout, long long* answer) {
   static int said[2];  // a slow path announces itself, once
-  int why = functions[0] ? 0 : 1;
+  int why = has_layout ? 0 : 1;
   if (!said[why]) *answer = -1 - why;
   said[why] = 1;
-  *rows = QK_PASSES(head_dim);
   return QK_SCALAR;
 }
 

@@ -151,4 +151,10 @@ struct Share {
   }
 };
 
+// A lane's runs are aligned and consecutive where both halves of the rotated part and of the rest
+// are whole numbers of them.
+[[maybe_unused]] constexpr bool kRuns =
+    QK_UNITS(kHeadDim) % kUnits == 0 &&
+    (kHalf ? kRotatedPairs % kCount == 0 && kPairs % kCount == 0 : kHeadDim % 8 == 0);
+
 }  // namespace
