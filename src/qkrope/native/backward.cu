@@ -26,29 +26,43 @@ struct Batch {
   long long cos, sin;
 };
 
-// Where the heads of a unit lie.
+// Where the heads of a unit lie, and the offsets of its token as in turns.cuh.
 struct Heads {
-  const char *x, *dy;
+  const char *x, *dy, *pos;
   char* dx;
-  Token at;
+  long long cos, sin;
   int count;
 };
 
 template <int kBytes>
 __device__ __forceinline__ Heads find(const Launch& p, const Work& work) {
-  const qk_launch_side& side = p.plain.side[work.is_k];
+  const qk_launch& plain = p.plain;
+  const qk_launch_side& side = plain.side[work.is_k];
   const qk_backward_side& more = p.more[work.is_k];
-  const unsigned token = min(work.token, p.plain.tokens - 1);
   const int head = work.unit * side.passes, place = Share<QK_DTYPE, kBytes>::place(work.first);
-  long long dy = 0;
-  Heads heads;
-  heads.at = locate(p.plain, work.is_k, token,
-                    [&](unsigned i, int d) { dy += i * p.dy_dim[work.is_k][d]; });
-  heads.x = side.x + heads.at.x + head * side.x_head + place;
-  heads.dy = more.dy + dy + head * more.dy_head + place;
-  heads.dx = side.y + heads.at.y + head * side.y_head + place;
-  const bool none = work.idle || work.token >= p.plain.tokens;
-  heads.count = none ? 0 : min(side.heads - head, side.passes);
+  const bool none = work.idle || work.token >= plain.tokens;
+  Heads heads = {side.x + head * side.x_head + place,
+                 more.dy + head * more.dy_head + place,
+                 plain.pos,
+                 side.y + head * side.y_head + place,
+                 0,
+                 0,
+                 none ? 0 : min(side.heads - head, side.passes)};
+  unsigned token = min(work.token, plain.tokens - 1);
+  if (plain.ndim == 1 && QK_ANGLE != QK_ANGLE_TABLE) {
+    heads.x += token * side.x_token, heads.dy += token * more.dy_token;
+    heads.dx += token * side.y_token, heads.pos += token * plain.pos_token;
+    return heads;
+  }
+#pragma unroll 1
+  for (int d = plain.ndim - 1; d >= 0; --d) {
+    const unsigned i = d ? token % plain.size[d] : token;
+    if (d) token /= plain.size[d];
+    heads.x += i * plain.x_dim[work.is_k][d], heads.dx += i * plain.y_dim[work.is_k][d];
+    heads.dy += i * p.dy_dim[work.is_k][d], heads.pos += i * plain.pos_dim[d];
+    if (QK_ANGLE == QK_ANGLE_TABLE)
+      heads.cos += i * plain.cos_dim[d], heads.sin += i * plain.sin_dim[d];
+  }
   return heads;
 }
 
@@ -61,10 +75,10 @@ __device__ __forceinline__ void load(const Launch& p, Work& work, bool normed,
   const Heads heads = find<kBytes>(p, work);
   to.count = heads.count;
   to.dx = heads.dx;
-  to.cos = heads.at.cos, to.sin = heads.at.sin;
+  to.cos = heads.cos, to.sin = heads.sin;
   to.position = to.high_word = 0;
   if (QK_ANGLE != QK_ANGLE_NONE && (QK_ANGLE != QK_ANGLE_TABLE || p.plain.pos)) {
-    const int* const pos = (const int*)(p.plain.pos + heads.at.pos);
+    const int* const pos = (const int*)heads.pos;
     to.position = *pos;
     if (p.plain.pos_wide) to.high_word = pos[1];
   }

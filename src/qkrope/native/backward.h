@@ -21,7 +21,7 @@
 // from one unit of its side to the one that is (step_tokens, step_units) further, `steps` times.
 typedef struct {
   const char* dy;
-  long long dy_head;
+  long long dy_token, dy_head;
   float* parts;  // of dweight: a row for each block of this side; null: not wanted
   unsigned step_tokens;
   int step_units, units, steps;

@@ -94,6 +94,7 @@ static void fill_side(const qk_side_grads* from, int item, int ndim, qk_backward
   to->dy_head = from->dy_head * item;
   to->parts = from->dweight ? from->dweight_parts : 0;
   for (int d = 0; d < ndim; ++d) dy_dim[d] = from->dy_dim[d] * item;
+  to->dy_token = dy_dim[0];
 }
 
 static long long bits_of(const qk_launch_backward_plain* p) {

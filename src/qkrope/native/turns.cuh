@@ -58,14 +58,12 @@ struct Token {
   long long x, y, pos, cos, sin;
 };
 
-// `more` is told each index along its dimension.
-template <typename More>
-__device__ __forceinline__ Token locate(const qk_launch& p, int side, unsigned token, More&& more) {
+[[maybe_unused]] __device__ __forceinline__ Token locate(const qk_launch& p, int side,
+                                                         unsigned token) {
   Token t = {0, 0, 0, 0, 0};
   if (p.ndim == 1 && QK_ANGLE != QK_ANGLE_TABLE) {
     t.x = token * p.side[side].x_token, t.y = token * p.side[side].y_token;
     t.pos = token * p.pos_token;
-    more(token, 0);
     return t;
   }
 #pragma unroll 1
@@ -75,13 +73,8 @@ __device__ __forceinline__ Token locate(const qk_launch& p, int side, unsigned t
     t.x += i * p.x_dim[side][d], t.y += i * p.y_dim[side][d];
     t.pos += i * p.pos_dim[d];
     if (QK_ANGLE == QK_ANGLE_TABLE) t.cos += i * p.cos_dim[d], t.sin += i * p.sin_dim[d];
-    more(i, d);
   }
   return t;
-}
-[[maybe_unused]] __device__ __forceinline__ Token locate(const qk_launch& p, int side,
-                                                         unsigned token) {
-  return locate(p, side, token, [](unsigned, int) {});
 }
 
 // What the rotation multiplies a lane's normalised channels by, weights inside:
