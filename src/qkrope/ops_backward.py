@@ -14,66 +14,75 @@ x: nothing but the inputs is kept. Casts of another ``rounding`` than "once" cou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import _native, cpu, ops
-from .extras import Extras, Tensor
+from .extras import Tensor
 from .plan import Plan
+from .spec import Spec
 
-__all__ = ["Gradients", "qk_norm_rope_backward"]
+__all__ = ["NAMES", "qk_norm_rope_backward"]
 
-Gradients = tuple[Tensor | None, ...]
+# What has a gradient.
+NAMES = ("q", "k", "v", "q_weight", "k_weight", "v_weight", "q_bias", "k_bias")
+# The operands of a call by their places, as native code has them when they are not given.
+_ABSENT = [*(None,) * 22, 0, -1]
 
 
 def qk_norm_rope_backward(
-    grads: Gradients,
-    inputs: Gradients,
-    weights: Gradients,
-    biases: Gradients,
-    wanted: tuple[bool, ...],
+    dq_out: Tensor | None,
+    dk_out: Tensor | None,
+    dv_out: Tensor | None,
+    q: Tensor | None,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     positions: Any,
-    spec: Any,
-    extras: Extras,
-) -> tuple[Gradients, Gradients]:
-    """The gradients of the inputs, and of the weights and biases.
+    spec: Spec,
+    *,
+    wanted: Sequence[bool],
+    **extras: Any,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a call by `NAMES`, None for those that are not made.
 
-    grads: of q's, k's and v's output, of the input's shape and dtype, or None: then none is made of
-    that side. inputs: (q, k, v), weights: theirs, biases: (q_bias, k_bias).
-    wanted: which of the five sums (q_weight, k_weight, v_weight, q_bias, k_bias) to make.
-    positions, spec, extras: as in `qkrope.qk_norm_rope`; extras without v, v_weight, biases, out.
+    dq_out, dk_out, dv_out: of its results, in their shapes and dtype; None leaves that side out.
+    wanted: which gradients of weights and biases to make, in the order of `NAMES`.
+    The rest as in `qkrope.qk_norm_rope`.
 
-    Returns ((dq, dk, dv), sums): contiguous, of the inputs' dtype; float32 of the shape of weight
-    or bias. None for what is not made.
+    Returns contiguous tensors of q's, k's and v's shape and dtype, then float32 sums of the
+    weights' and biases' shapes; the same bits whatever the number of threads.
+    Raises TypeError and ValueError naming argument, expected and got.
     """
-    q, k, v = x = [None if g is None else t for t, g in zip(inputs, grads, strict=True)]
-    first = next(t for t in x if t is not None)
+    grads = (dq_out, dk_out, dv_out)
+    given = (q, k, extras.pop("v", None))
+    q, k, v = x = [None if g is None else t for t, g in zip(given, grads, strict=True)]
     dy = [None if g is None else _rows(g) for g in grads]
     dx = [None if t is None else ops._empty_like("qkv"[i], t) for i, t in enumerate(x)]
+    v_weight = extras.pop("v_weight", None)
+    of = (q_weight, k_weight, v_weight, extras.get("q_bias"), extras.get("k_bias"))
     sums = [
-        None if t is None or of is None or not want else _sum_of(of, t)
-        for t, of, want in zip((*x, q, k), (*weights, *biases), wanted, strict=True)
+        _sum_of(w, t) if want and w is not None and t is not None else None
+        for want, w, t in zip(wanted, of, (*x, q, k), strict=True)
     ]
-    more = {**extras, "q_bias": biases[0], "k_bias": biases[1], "out": dx[:2]}
+    extras["out"] = dx[:2]
     if v is not None:
-        more |= {"v": v, "v_weight": weights[2], "out": dx}
+        extras |= {"v": v, "v_weight": v_weight, "out": dx}
     plan, (_, *operands) = ops._prepare(
-        None, None, q, k, weights[0], weights[1], positions, spec, more
+        None, None, q, k, q_weight, k_weight, positions, spec, extras
     )
-    operands += _REST[len(operands) :]  # those that a plain call does not bring
+    operands += _ABSENT[len(operands) :]
     columns = sum(s.numel() for s in sums if s is not None)
-    workspace = _workspace(plan, x, columns) if columns else None
-    if first.is_cuda:
+    workspace = _workspace(plan, [t for t in x if t is not None], columns) if columns else None
+    operands += [*dy, *sums, workspace]
+    if next(t for t in x if t is not None).is_cuda:
         from .cuda.launch import qk_norm_rope_backward as run
     else:
         run = cpu.qk_norm_rope_backward
-    run(plan, 0, *operands, *dy, *sums, workspace)
-    return tuple(dx), tuple(sums)
-
-
-# The operands of a call by their places, as native code has them when they are not given.
-_REST = [*(None,) * 22, 0, -1]
+    run(plan, 0, *operands)
+    return (*dx, *sums)
 
 
 def _rows(dy: Tensor) -> Tensor:
@@ -86,15 +95,11 @@ def _sum_of(of: Tensor, x: Tensor) -> Tensor:
     return make(of.shape, dtype=torch.float32, device=of.device)
 
 
-def _workspace(plan: Plan, x: list[Tensor | None], columns: int) -> Tensor:
+def _workspace(plan: Plan, given: list[Tensor], columns: int) -> Tensor:
     """Room for the partial sums of the gradients of weights and biases."""
-    given = [t for t in x if t is not None]
     tokens = max(t.numel() // (t.shape[-2] * t.shape[-1]) for t in given)
-    device = given[0].device
-    units = (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 0
-    )
+    device, units = given[0].device, 0
+    if device.type == "cuda":
+        units = torch.cuda.get_device_properties(device).multi_processor_count
     rows = _native.lib().backward_partials(plan.handle, tokens, units)
     return torch.empty(rows * columns, dtype=torch.float32, device=device)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from . import reference
 from .accuracy import GRADIENT_UNITS, sum_units
+from .ops_backward import NAMES
 from .reference_angles import Positions
 from .reference_side import Extras, Side, Span, sides
 from .reference_steps import each_span, effective_weight, pair_sizes, rotate, statistics
 from .spec import Spec
 
-__all__ = ["NAMES", "gradient_terms", "qk_norm_rope_backward"]
+__all__ = ["gradient_terms", "qk_norm_rope_backward"]
 
-NAMES = ("q", "k", "v", "q_weight", "k_weight", "v_weight", "q_bias", "k_bias")
 Outputs = tuple[Tensor | None, ...]
 
 
@@ -74,8 +74,8 @@ def gradient_terms(
 ) -> dict[str, Tensor]:
     """What `qkrope.accuracy.error_over_bound` takes as the terms of each gradient, by name.
 
-    With D = |dy| summed over a pair (times the gain of `reference.criterion_terms`), G = D * |scale|
-    and N = (|x| + |mean|) * rstd:
+    With D = |dy| summed over a pair (times the gain of `reference.criterion_terms`),
+    G = D * |scale| and N = (|x| + |mean|) * rstd:
     dx       rstd * (G|w| + N * average(G|w| * N) + average(G|w|)), the last for "layer" alone
     dweight  sum of G * N;  dbias: sum of G
     each times how many times the forward's slack its arithmetic takes. rope_first: x is the pair's

@@ -71,9 +71,10 @@ def move_pairs(x: Tensor, turn: Turn, step: Callable[[Tensor], Tensor]) -> Tenso
 
 
 def pair_sizes(x: Tensor, turn: Turn | None, *, back: bool = False) -> Tensor:
-    """|a| + |b| on both channels of each pair, times the gain: what a rotation's result is at most.
+    """|a| + |b| on both channels of each pair, times the gain: no rotation gives more.
 
-    x: sizes, not negative. back: of the transposed rotation, from what pairs write to what they read.
+    x: sizes, not negative. back: of the transposed rotation, from what pairs write to what they
+    read.
     """
     if turn is None:
         return x

@@ -30,22 +30,23 @@ class Backward : Sides<V, kType> {
   using typename Base::Turn;
   static constexpr int kChain = 32;
 
-  // A head on its way: x, then n and dx; dy, then g and gx.
-  struct Head {
-    Row x, dy;
-    Statistic whole, rest;
-  };
-
-  // Sums over the channels of a statistic: of gx * n and of gx.
+  // Sums over the channels of a statistic: of gx * n and (a LayerNorm) of gx.
   struct Along {
     double product, plain;
   };
 
-  // The gradient of a weight or bias.
+  // A head on its way: x, then n and dx; dy, then g and gx.
+  struct Head {
+    Row x, dy;
+    Statistic whole, rest;
+    Along along, rest_along;
+  };
+
+  // The gradient of a weight or bias: of some heads, then of a block of tokens.
   struct Sum {
-    float* row;      // of this block; null: not wanted
-    long long head;  // to the next head's; not 0: nothing is added up first
-    int chain;       // heads in `some`
+    float* row;       // of the block; null: not wanted
+    long long head;   // to the next head's; 0: one for all
+    int most, chain;  // heads that may be in `some`, and are
     alignas(64) float some[kWidth];
   };
 
@@ -88,15 +89,15 @@ class Backward : Sides<V, kType> {
           [&](const long long* walk, const long long* next) { run_token(walk, next); });
       for (int i = 0; i < kSides; i++) {
         if (!sides_[i].args->heads) continue;
-        flush(weights_[i], sides_[i].spec->weight_dim);
-        flush(biases_[i], sides_[i].spec->weight_dim);
+        flush(weights_[i], 0, sides_[i].spec->weight_dim);
+        flush(biases_[i], 0, sides_[i].spec->weight_dim);
       }
     }
   }
 
  private:
   static void begin_sum(Sum& sum, long long head) {
-    sum.head = head, sum.chain = 0;
+    sum.head = head, sum.most = head ? 1 : kChain, sum.chain = 0;
     for (float& x : sum.some) x = 0;
   }
 
@@ -148,8 +149,7 @@ class Backward : Sides<V, kType> {
       load_head(side, walk, dy_ahead, head, h);
       h.whole = all;
       to_gx(side, walk, head, h, true);
-      const Along own = along_of(h, s.spec->norm, 0, dim);
-      along.product += own.product, along.plain += own.plain;
+      along.product += h.along.product, along.plain += h.along.plain;
     }
     for (int head = 0; head < heads; head++) {
       Head& h = heads_[head % kBatch];
@@ -166,9 +166,12 @@ class Backward : Sides<V, kType> {
   void load_head(int side, const long long* walk, long long dy_ahead, int head, Head& h) {
     const Side& s = sides_[side];
     const qk_side_grads& g = *of_[side];
+    const int dim = variant_.head_dim;
     if (s.normalises) this->load(s, walk + 3 * side, walk, head, h.x);
     this->widen(at(g.dy, walk[kDy + side] + head * g.dy_head * kSize), dy_ahead, h.dy.now);
     if (s.turns && !variant_.rope_first) this->turn(back_, s, walk, head, h.dy);
+    // Sums of whole vectors see zeros at the end.
+    if (dim % N) V::store(h.x.now + dim, F(0.0f)), V::store(h.dy.now + dim, F(0.0f));
   }
 
   void set_statistics(const Side& s, Head& h) const {
@@ -180,88 +183,81 @@ class Backward : Sides<V, kType> {
       h.rest = this->statistic(s, spec.rest, s.args->rest_eps, h.x, spec.dim, variant_.head_dim);
   }
 
-  // x to n, dy to gx, and on the way the sums of g and of g * n.
+  // x to n, dy to gx; on the way the averages' sums and, where it `adds`, those of g and g * n.
   void to_gx(int side, const long long* walk, int head, Head& h, bool adds) {
     Side& s = sides_[side];
+    Sum &weights = weights_[side], &biases = biases_[side];
     const int dim = variant_.head_dim, own = s.spec->dim;
     if (s.weight_varies) this->read_weight(s, head), end_weight(s);
     if (s.scale_varies) this->read_scale(s, walk[3 * side + kScale], head);
-    if (s.has_scale) {
-      for (int i = 0; i < dim; i += N)
+    if (!s.normalises) {
+      for (int i = 0; s.has_scale && i < dim; i += N)
         V::store(h.dy.now + i, mul(V::load(h.dy.now + i), V::load(s.scale + i)));
+      return;
     }
-    if (!s.normalises) return;
-    // In this order: vectors of the first part reach into the second.
-    center(h.x, h.whole, 0, own);
-    if (own < dim) center(h.x, h.rest, own, dim);
+    float* const weight_sum = adds && weights.row ? weights.some : nullptr;
+    float* const bias_sum = adds && biases.row ? biases.some : nullptr;
+    const bool plain = !s.has_scale && !bias_sum && s.spec->norm == QK_NORM_RMS && own == dim;
+    if (plain)
+      h.along = span_to_gx<true>(s, h, h.whole, 0, dim, weight_sum, nullptr);
+    else
+      h.along = span_to_gx<false>(s, h, h.whole, 0, own, weight_sum, bias_sum);
+    if (own < dim) h.rest_along = span_to_gx<false>(s, h, h.rest, own, dim, weight_sum, bias_sum);
     h.x.step();
-    const int count = s.spec->weight_dim;
-    if (adds) {
-      add_up<true>(h, weights_[side], head, count);
-      add_up<false>(h, biases_[side], head, count);
-    }
-    for (int i = 0; i < count; i += N)
-      V::store(h.dy.now + i, mul(V::load(h.dy.now + i), V::load(s.weight + i)));
+    if (weight_sum && ++weights.chain == weights.most) flush(weights, head, s.spec->weight_dim);
+    if (bias_sum && ++biases.chain == biases.most) flush(biases, head, s.spec->weight_dim);
   }
 
-  static void center(const Row& x, const Statistic& statistic, int begin, int end) {
+  // Channels [begin, end), in whole vectors where no others are behind them. kPlain: no scale, no
+  // sum of g, and no LayerNorm.
+  template <bool kPlain>
+  Along span_to_gx(const Side& s, const Head& h, const Statistic& statistic, int begin, int end,
+                   float* weight_sum, float* bias_sum) const {
+    const int whole = end == variant_.head_dim ? end : begin + (end - begin) / N * N;
     const F minus(-statistic.mean), by(statistic.by);
-    for (int i = begin; i < end; i += N)
-      V::store(x.next + i, mul(add(V::load(x.now + i), minus), by));
-  }
-
-  // g * n, or g, onto its sum.
-  template <bool kProduct>
-  static void add_up(const Head& h, Sum& sum, int head, int count) {
-    if (!sum.row) return;
-    float* to = sum.head ? sum.row + head * sum.head : sum.some;
-    int i = 0;
-    for (; i + N <= count; i += N) {
-      const F g = V::load(h.dy.now + i), old = V::load(to + i);
-      V::store(to + i, kProduct ? fma(g, V::load(h.x.now + i), old) : add(g, old));
+    typename V::D a{}, b{}, c{}, d{};
+    int i = begin;
+    for (; i < whole; i += N) {
+      F n = V::load(h.x.now + i), g = V::load(h.dy.now + i);
+      n = mul(kPlain ? n : add(n, minus), by);
+      if (!kPlain && s.has_scale) g = mul(g, V::load(s.scale + i));
+      if (weight_sum) V::store(weight_sum + i, fma(g, n, V::load(weight_sum + i)));
+      if (!kPlain && bias_sum) V::store(bias_sum + i, add(g, V::load(bias_sum + i)));
+      g = mul(g, V::load(s.weight + i));
+      V::store(h.x.next + i, n), V::store(h.dy.now + i, g);
+      typename V::D lo, hi, n_lo, n_hi;
+      V::widen(g, lo, hi), V::widen(n, n_lo, n_hi);
+      a += lo * n_lo, b += hi * n_hi;
+      if (!kPlain) c += lo, d += hi;
     }
-    for (; i < count; i++) {
-      const float g = h.dy.now[i];
-      to[i] = kProduct ? fma(g, h.x.now[i], to[i]) : g + to[i];
+    Along along{V::total(a + b), kPlain ? 0 : V::total(c + d)};
+    for (; i < end; i++) {
+      const float n = mul(add(h.x.now[i], -statistic.mean), statistic.by);
+      float g = h.dy.now[i];
+      if (s.has_scale) g = mul(g, s.scale[i]);
+      if (weight_sum) weight_sum[i] = fma(g, n, weight_sum[i]);
+      if (bias_sum) bias_sum[i] += g;
+      g = mul(g, s.weight[i]);
+      h.x.next[i] = n, h.dy.now[i] = g;
+      along.product += (double)g * n, along.plain += g;
     }
-    if (!sum.head && ++sum.chain == kChain) flush(sum, count);
+    return along;
   }
 
   // The sum of some heads to that of this block.
-  static void flush(Sum& sum, int count) {
-    for (int i = 0; sum.chain && i < count; i++) sum.row[i] += sum.some[i], sum.some[i] = 0;
+  static void flush(Sum& sum, int head, int count) {
+    float* to = sum.row + head * sum.head;
+    for (int i = 0; sum.chain && i < count; i++) to[i] += sum.some[i];
+    for (int i = 0; sum.chain && i < kWidth; i++) sum.some[i] = 0;
     sum.chain = 0;
-  }
-
-  static Along along_of(const Head& h, int norm, int begin, int end) {
-    typename V::D a{}, b{}, c{}, d{};
-    const bool plain = norm == QK_NORM_LAYER;
-    int i = begin;
-    for (; i + N <= end; i += N) {
-      typename V::D lo, hi, n_lo, n_hi;
-      V::widen(V::load(h.dy.now + i), lo, hi);
-      V::widen(V::load(h.x.now + i), n_lo, n_hi);
-      a += lo * n_lo, b += hi * n_hi;
-      if (plain) c += lo, d += hi;
-    }
-    Along along{V::total(a + b), plain ? V::total(c + d) : 0};
-    for (; i < end; i++) {
-      along.product += (double)h.dy.now[i] * h.x.now[i];
-      along.plain += plain ? h.dy.now[i] : 0;
-    }
-    return along;
   }
 
   void spans_to_dx(const Side& s, Head& h) const {
     const qk_side_variant& spec = *s.spec;
     const int dim = variant_.head_dim;
-    const Along whole = along_of(h, spec.norm, 0, spec.dim);
     // In this order: vectors of the first part reach into the second.
-    to_dx(h, h.whole, spec.norm, whole, spec.dim, 0, spec.dim);
-    if (spec.dim < dim) {
-      const Along rest = along_of(h, spec.rest, spec.dim, dim);
-      to_dx(h, h.rest, spec.rest, rest, dim - spec.dim, spec.dim, dim);
-    }
+    to_dx(h, h.whole, spec.norm, h.along, spec.dim, 0, spec.dim);
+    if (spec.dim < dim) to_dx(h, h.rest, spec.rest, h.rest_along, dim - spec.dim, spec.dim, dim);
     h.x.step();
   }
 
