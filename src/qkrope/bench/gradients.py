@@ -66,7 +66,7 @@ def call(rows: Rows, weights: bool = True) -> Callable[[], object]:
     x, dy, dx = (rows.sides(t) for t in (rows.x, rows.dy, rows.dx))
     given = rows.q_weight, rows.k_weight
     plan, (_, *operands) = ops._prepare(None, None, *x, *given, rows.positions, spec, {"out": dx})
-    operands += ops_backward._REST[len(operands) :]
+    operands += ops_backward._ABSENT[len(operands) :]
     sums = [
         None if w is None or not weights else torch.empty_like(w, dtype=torch.float32)
         for w in given

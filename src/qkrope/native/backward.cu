@@ -28,9 +28,7 @@ struct Batch {
 
 // Where the heads of a unit lie, and the offsets of its token as in turns.cuh.
 struct Heads {
-  const char *x, *dy, *pos;
-  char* dx;
-  long long cos, sin;
+  long long x, dy, dx, pos, cos, sin;
   int count;
 };
 
@@ -41,28 +39,24 @@ __device__ __forceinline__ Heads find(const Launch& p, const Work& work) {
   const qk_backward_side& more = p.more[work.is_k];
   const int head = work.unit * side.passes, place = Share<QK_DTYPE, kBytes>::place(work.first);
   const bool none = work.idle || work.token >= plain.tokens;
-  Heads heads = {side.x + head * side.x_head + place,
-                 more.dy + head * more.dy_head + place,
-                 plain.pos,
-                 side.y + head * side.y_head + place,
-                 0,
-                 0,
-                 none ? 0 : min(side.heads - head, side.passes)};
+  Heads heads = {0, 0, 0, 0, 0, 0, none ? 0 : min(side.heads - head, side.passes)};
   unsigned token = min(work.token, plain.tokens - 1);
   if (plain.ndim == 1 && QK_ANGLE != QK_ANGLE_TABLE) {
-    heads.x += token * side.x_token, heads.dy += token * more.dy_token;
-    heads.dx += token * side.y_token, heads.pos += token * plain.pos_token;
-    return heads;
-  }
+    heads.x = token * side.x_token, heads.dy = token * more.dy_token;
+    heads.dx = token * side.y_token, heads.pos = token * plain.pos_token;
+  } else {
 #pragma unroll 1
-  for (int d = plain.ndim - 1; d >= 0; --d) {
-    const unsigned i = d ? token % plain.size[d] : token;
-    if (d) token /= plain.size[d];
-    heads.x += i * plain.x_dim[work.is_k][d], heads.dx += i * plain.y_dim[work.is_k][d];
-    heads.dy += i * p.dy_dim[work.is_k][d], heads.pos += i * plain.pos_dim[d];
-    if (QK_ANGLE == QK_ANGLE_TABLE)
-      heads.cos += i * plain.cos_dim[d], heads.sin += i * plain.sin_dim[d];
+    for (int d = plain.ndim - 1; d >= 0; --d) {
+      const unsigned i = d ? token % plain.size[d] : token;
+      if (d) token /= plain.size[d];
+      heads.x += i * plain.x_dim[work.is_k][d], heads.dx += i * plain.y_dim[work.is_k][d];
+      heads.dy += i * p.dy_dim[work.is_k][d], heads.pos += i * plain.pos_dim[d];
+      if (QK_ANGLE == QK_ANGLE_TABLE)
+        heads.cos += i * plain.cos_dim[d], heads.sin += i * plain.sin_dim[d];
+    }
   }
+  heads.x += head * side.x_head + place, heads.dy += head * more.dy_head + place;
+  heads.dx += head * side.y_head + place;
   return heads;
 }
 
@@ -74,11 +68,11 @@ __device__ __forceinline__ void load(const Launch& p, Work& work, bool normed,
   const qk_backward_side& more = p.more[work.is_k];
   const Heads heads = find<kBytes>(p, work);
   to.count = heads.count;
-  to.dx = heads.dx;
+  to.dx = side.y + heads.dx;
   to.cos = heads.cos, to.sin = heads.sin;
   to.position = to.high_word = 0;
   if (QK_ANGLE != QK_ANGLE_NONE && (QK_ANGLE != QK_ANGLE_TABLE || p.plain.pos)) {
-    const int* const pos = (const int*)heads.pos;
+    const int* const pos = (const int*)(p.plain.pos + heads.pos);
     to.position = *pos;
     if (p.plain.pos_wide) to.high_word = pos[1];
   }
@@ -86,8 +80,8 @@ __device__ __forceinline__ void load(const Launch& p, Work& work, bool normed,
   for (int i = 0; i < kRows; ++i) {
     to.x[i].clear(), to.dy[i].clear();
     if (i >= to.count) continue;
-    if (normed) to.x[i].load(heads.x + i * side.x_head, work.first);
-    to.dy[i].load(heads.dy + i * more.dy_head, work.first);
+    if (normed) to.x[i].load(side.x + heads.x + i * side.x_head, work.first);
+    to.dy[i].load(more.dy + heads.dy + i * more.dy_head, work.first);
   }
   work.token += more.step_tokens, work.unit += more.step_units;
   if (work.unit >= more.units) work.unit -= more.units, ++work.token;
@@ -235,8 +229,8 @@ __device__ __forceinline__ void run(const Launch& p) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (i >= heads.count) continue;
-      if (own.normed && p.prefetch & 1) fetch_row<kBytes>(heads.x + i * side.x_head, work);
-      if (p.prefetch & 2) fetch_row<kBytes>(heads.dy + i * more.dy_head, work);
+      if (own.normed && p.prefetch & 1) fetch_row<kBytes>(side.x + heads.x + i * side.x_head, work);
+      if (p.prefetch & 2) fetch_row<kBytes>(more.dy + heads.dy + i * more.dy_head, work);
     }
   }
   wait_for_previous();
