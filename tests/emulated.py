@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qkrope import _native
 from qkrope.cuda import compile as compiling
 from qkrope.cuda.launch import variant_of
@@ -44,7 +46,7 @@ def source(variant: Variant) -> str:
     parts = {name: (HERE / name).read_text() for name in ("device.h", "ptx.h", "run.h")}
     launch = "qk_launch" if variant.options is None else "qk_launch_general"
     if variant.backward:
-        launch = "qk_launch_backward_plain"
+        launch = f"qk_launch_backward_{'plain' if variant.options is None else 'general'}"
     launches = {name: "qk_launch_sums" if name == "sums" else launch for name in NAMES}
     table = ", ".join(
         f"call<{launches[name]}, qkrope_{name}>" if name in variant.kernels else "nullptr"
@@ -136,7 +138,14 @@ def launches(
 
 
 def emulate_backward(plan: Any, *operands: Any, num_sms: int = NUM_SMS) -> None:
-    """The same, in the place of `qkrope.cpu.qk_norm_rope_backward`."""
+    """The same, in the place of `qkrope.cpu.qk_norm_rope_backward`, with CUDA's workspace."""
+    if operands[-1] is not None:
+        sums = [t for t in operands[-6:-1] if t is not None]
+        given = [t for t in operands[2:4] if t is not None]
+        tokens = max(t.shape[:-2].numel() for t in given)
+        rows = _native.lib().backward_partials(plan.handle, tokens, num_sms)
+        room = torch.full((rows * sum(t.numel() for t in sums),), torch.nan)
+        operands = (*operands[:-1], room)
     emulate(plan, *operands, num_sms=num_sms, backward=True)
 
 

@@ -35,6 +35,29 @@ typedef struct {
   int prefetch;  // bits: 1 x, 2 dy of the first unit, into L2 before waiting for earlier kernels
 } qk_launch_backward_plain;
 
+// The general kernel: blocks of a side begin at first_block; `rows` of them share its tokens, team
+// by team, for each of its slots of heads (a norm of whole rows has one). Heads a group of lanes
+// holds at once, and warps that a multiprocessor does.
+#define QK_BACKWARD_TEAM_ROWS(head_dim, angle) \
+  (QK_LANE_UNITS(head_dim) == 1 && (angle) != QK_ANGLE_TABLE ? 2 : 1)
+#define QK_BACKWARD_TEAM_WARPS(head_dim) (QK_LANE_UNITS(head_dim) <= 2 ? 16 : 8)
+
+typedef struct {
+  const char* dy;
+  long long dy_head;
+  float *weight_parts, *bias_parts;  // null: not wanted
+  long long weight_columns, bias_columns;
+  int weight_each, bias_each;  // a sum for each head
+  int teams, steps;
+  unsigned first_block, rows;
+} qk_backward_general_side;
+
+typedef struct {
+  qk_launch_general base;
+  qk_backward_general_side grads[3];
+  long long dy_dim[3][QK_MAX_DIMS];
+} qk_launch_backward_general;
+
 // Adds `rows` rows of so many columns.
 typedef struct {
   const float* parts;
@@ -55,6 +78,7 @@ typedef struct {
   qk_grid grid;
   union {
     qk_launch_backward_plain plain;
+    qk_launch_backward_general general;
     qk_launch_sums sums;
   } launch;
 } qk_backward_step;

@@ -16,6 +16,13 @@ const qk_slot* qk_find_slot(const qk_plan* plan, const qk_checked* c, long long 
 // Pointers and strides of a plain call, and those that make up `more`, allow the vector loads.
 int qk_is_aligned(const qk_variant* v, const qk_launch* p, long long more);
 
+// Of a general call: its launch without the grid, and whether rows, weights, biases and what makes
+// up `more` may be read by vector loads.
+void qk_fill_general(const qk_variant* v, const qk_params* p, const qk_frac* frac,
+                     qk_launch_general* out);
+int qk_is_aligned_general(const qk_variant* v, qk_launch_general* p, long long more);
+int qk_is_row(const qk_side_variant* s);  // a norm of whole rows
+
 // QK_SCALAR, announced the first time that a call takes it: for its rows, or for want of a layout.
 int qk_scalar_kernel(int has_layout, long long* answer);
 

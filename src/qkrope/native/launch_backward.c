@@ -6,7 +6,7 @@
 
 #include "launch.h"
 
-_Static_assert(sizeof(qk_launch_backward_plain) <= 4096, "the parameters of a kernel");
+_Static_assert(sizeof(qk_launch_backward_general) <= 4096, "the parameters of a kernel");
 
 enum { BACKWARD_SHIFT = 32 };  // of a slot's key, above the device's number
 
@@ -24,7 +24,8 @@ void qk_force_backward(int rows, int block, int warps, int prefetch) {
 
 static int rows_of(int head_dim) { return forced.rows ? forced.rows : QK_BACKWARD_ROWS(head_dim); }
 
-static int block_warps(void) { return forced.block ? forced.block : 4; }
+enum { LEAST_WARPS = 4 };  // of a block
+static int block_warps(void) { return forced.block ? forced.block : LEAST_WARPS; }
 
 static int is_tight(const qk_variant* v) {
   const int lanes = QK_LANES(v->head_dim);
@@ -39,13 +40,14 @@ static long long all_warps(int head_dim, int tight, int num_sms) {
 
 static long long ceil_div(long long a, long long b) { return (a + b - 1) / b; }
 
-// Blocks of the largest side: a row each. Never more than the device holds at once, rounded up for
-// each side, or than there is work for.
+// Rows of partial sums: enough for a side's blocks, each of which writes one. They are never more
+// than the device holds at once, rounded up for each slot of heads, or than there is work for.
 long long qk_cuda_partials(const qk_plan* plan, long long tokens, int num_sms) {
   const int head_dim = plan->variant.head_dim, groups = QK_GROUPS(head_dim);
   const int heads = plan->num_q_heads > plan->num_kv_heads ? plan->num_q_heads : plan->num_kv_heads;
-  const long long work = ceil_div(ceil_div(tokens * heads, groups), block_warps());
-  const long long room = ceil_div(all_warps(head_dim, 1, num_sms), block_warps()) + 1;
+  const long long slots = ceil_div(heads, groups);
+  const long long work = ceil_div(tokens, LEAST_WARPS) * slots;
+  const long long room = ceil_div(all_warps(head_dim, 1, num_sms), LEAST_WARPS) + slots;
   return work < room ? work : room;
 }
 
@@ -127,8 +129,8 @@ static void start_sums(qk_backward_step* step) {
   step->grid.block[1] = QK_SUM_THREADS / 32;
 }
 
-int qk_prepare_backward(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
-                        int part, qk_backward_step* to, long long* answer) {
+static int prepare_plain(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
+                         int part, qk_backward_step* to, long long* answer) {
   const qk_variant* v = &c->variant;
   const qk_grads* grads = &c->grads[part];
   const int item = v->dtype == QK_F32 ? 4 : 2;
@@ -153,6 +155,106 @@ int qk_prepare_backward(const qk_kernels* kernels, const qk_frac* frac, const qk
   add_sum(grads->k.dweight, grads->k.dweight_parts, grads->k.dweight_count,
           grid->grid[0] - p->plain.q_slots, &to[1]);
   return to[1].grid.grid[1] ? 2 : 1;
+}
+
+// ---- the general kernel -------------------------------------------------------------------------
+
+enum { SIDES = 3 };
+
+static void fill_general(const qk_side_grads* from, int item, int ndim,
+                         qk_backward_general_side* to, long long* dy_dim) {
+  to->dy = (const char*)from->dy;
+  to->dy_head = from->dy_head * item;
+  to->weight_parts = from->dweight ? from->dweight_parts : 0;
+  to->bias_parts = from->dbias ? from->dbias_parts : 0;
+  to->weight_columns = from->dweight_count;
+  to->bias_columns = from->dbias_count;
+  to->weight_each = from->dweight_head != 0;
+  to->bias_each = from->dbias_head != 0;
+  for (int d = 0; d < ndim; ++d) dy_dim[d] = from->dy_dim[d] * item;
+}
+
+// Heads of a side lie in slots, which blocks have one each of; a norm of whole rows has a single
+// one, and a team of warps for it, whose size depends on the heads alone.
+static void shape_general(const qk_kernels* kernels, const qk_variant* v, long long most,
+                          const int* heads, qk_launch_backward_general* p, qk_grid* out) {
+  const int head_dim = v->head_dim, groups = QK_GROUPS(head_dim);
+  const int teams = qk_is_row(&v->q) || qk_is_row(&v->k) || qk_is_row(&v->v);
+  const int rows = teams ? QK_BACKWARD_TEAM_ROWS(head_dim, v->angle) : 1;
+  const unsigned tokens = p->base.plain.tokens;
+  int slots[SIDES], block = 1;
+  for (int i = 0; i < SIDES; ++i) {
+    const int needed = qk_slots_of(heads[i], groups * rows);  // warps for all heads at once
+    const int chunks = qk_slots_of(needed, QK_TEAM_WARPS(head_dim));
+    p->base.team_warps[i] = teams && needed ? qk_slots_of(needed, chunks) : needed ? 1 : 0;
+    if (needed) p->base.row_share[i] = 1.0f / ((float)heads[i] * head_dim);
+    slots[i] = teams && needed ? 1 : needed;
+    if (p->base.team_warps[i] > block) block = p->base.team_warps[i];
+  }
+  if (block < LEAST_WARPS) block = LEAST_WARPS / block * block;
+  long long work = 0;  // of warps and tokens
+  for (int i = 0; i < SIDES; ++i) work += (long long)tokens * slots[i] * p->base.team_warps[i];
+  const long long room = (long long)kernels->num_sms * QK_BACKWARD_TEAM_WARPS(head_dim);
+  const long long steps = ceil_div(work, room);
+  out->grid[0] = 0;
+  for (int i = 0; i < SIDES; ++i) {
+    qk_backward_general_side* side = &p->grads[i];
+    side->first_block = out->grid[0];
+    side->rows = 1;
+    if (!slots[i]) continue;
+    side->teams = block / p->base.team_warps[i];
+    long long blocks = ceil_div(ceil_div(tokens, side->teams), steps);
+    if ((side->weight_parts || side->bias_parts) && blocks > most / slots[i])
+      blocks = most / slots[i];
+    side->rows = (unsigned)blocks;
+    side->steps = (int)ceil_div(tokens, blocks * side->teams);
+    out->grid[0] += (unsigned)blocks * slots[i];
+  }
+  out->grid[1] = out->grid[2] = out->block[2] = 1;
+  out->block[0] = 32;
+  out->block[1] = block;
+}
+
+static int prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
+                           int part, qk_backward_step* to, long long* answer) {
+  const qk_variant* v = &c->variant;
+  const qk_grads* grads = &c->grads[part];
+  const qk_side_grads* sides[SIDES] = {&grads->q, &grads->k, &grads->v};
+  const int item = v->dtype == QK_F32 ? 4 : 2;
+  qk_launch_backward_general* p = &to[0].launch.general;
+  qk_launch* plain = &p->base.plain;
+  memset(p, 0, sizeof *p);
+  qk_fill_general(v, &c->part[part], frac, &p->base);
+  const int heads[SIDES] = {plain->side[0].heads, plain->side[1].heads, p->base.v.heads};
+  long long bits = 0;
+  for (int i = 0; i < SIDES; ++i) {
+    if (!heads[i]) continue;
+    fill_general(sides[i], item, plain->ndim, &p->grads[i], p->dy_dim[i]);
+    bits |= (long long)(uintptr_t)p->grads[i].dy | p->grads[i].dy_head;
+    for (int d = 0; d < plain->ndim; ++d) bits |= p->dy_dim[i][d];
+  }
+  const int has_layout = kernels->function[0] != 0;
+  const int aligned = has_layout && qk_is_aligned_general(v, &p->base, bits);
+  to[0].grid.function = aligned ? 0 : qk_scalar_kernel(has_layout, answer);
+  shape_general(kernels, v, grads->partials, heads, p, &to[0].grid);
+  start_sums(&to[1]);
+  for (int i = 0; i < SIDES; ++i) {
+    const qk_backward_general_side* side = &p->grads[i];
+    const unsigned next = i + 1 < SIDES ? p->grads[i + 1].first_block : to[0].grid.grid[0];
+    const unsigned blocks = next - side->first_block;
+    if (!heads[i]) continue;
+    add_sum(sides[i]->dweight, sides[i]->dweight_parts, sides[i]->dweight_count,
+            side->weight_each ? side->rows : blocks, &to[1]);
+    add_sum(sides[i]->dbias, sides[i]->dbias_parts, sides[i]->dbias_count,
+            side->bias_each ? side->rows : blocks, &to[1]);
+  }
+  return to[1].grid.grid[1] ? 2 : 1;
+}
+
+int qk_prepare_backward(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
+                        int part, qk_backward_step* to, long long* answer) {
+  return c->general ? prepare_general(kernels, frac, c, part, to, answer)
+                    : prepare_plain(kernels, frac, c, part, to, answer);
 }
 
 int qk_launch_backward(const qk_plan* plan, const qk_checked* c, void* stream, long long* answer) {
