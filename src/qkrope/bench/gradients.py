@@ -129,11 +129,12 @@ def sweep_measure(buffers: Sequence[Rows], launches: int) -> Measure:
 
 # ---- grids ------------------------------------------------------------------------------------
 
-# Heads a unit, warps a block, warps a multiprocessor, and what is asked for before the wait.
+# Form (1: rings of four stages, one head a unit; 2: registers, two heads; 4: rings of three stages,
+# two heads), warps a block, warps a multiprocessor, and what is asked for before the wait.
 GRIDS = [
-    (rows, block, warps, prefetch)
-    for rows, counts in ((1, (16, 20, 24, 28)), (2, (12, 16, 20, 24)), (4, (8, 12, 16)))
-    for block in (4, 8)
+    (form, block, warps, prefetch)
+    for form, counts in ((1, (16, 20, 24, 28)), (2, (12, 16, 20)), (4, (12, 16, 20, 24)))
+    for block in (2, 4)
     for warps in counts
     for prefetch in (0, 1, 3)
 ]

@@ -12,7 +12,7 @@
   (QK_LANE_UNITS(head_dim) == 4 ? 8 : QK_LANE_UNITS(head_dim) == 1 && (tight) ? 20 : 16)
 #define QK_BACKWARD_ROWS(head_dim) (QK_LANE_UNITS(head_dim) == 1 ? 2 : 1)  // heads of a unit
 
-#define QK_SUM_WARPS 8      // of a block, at most: its sums meet in shared memory
+#define QK_SUM_WARPS 4      // of a block, at most
 #define QK_SUM_THREADS 256  // of a block of the kernel that adds rows of partial sums
 #define QK_SUM_COLUMNS 4    // that such a block adds
 #define QK_MAX_SUMS 5       // weights of q, k and v, biases of q and k

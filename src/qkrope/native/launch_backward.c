@@ -22,7 +22,9 @@ void qk_force_backward(int rows, int block, int warps, int prefetch) {
   forced.rows = rows, forced.block = block, forced.warps = warps, forced.prefetch = prefetch;
 }
 
-static int rows_of(int head_dim) { return forced.rows ? forced.rows : QK_BACKWARD_ROWS(head_dim); }
+static int rows_of(int head_dim) {
+  return forced.rows ? forced.rows == 1 ? 1 : 2 : QK_BACKWARD_ROWS(head_dim);
+}
 
 enum { LEAST_WARPS = 4 };  // of a block
 static int block_warps(void) { return forced.block ? forced.block : LEAST_WARPS; }
@@ -142,7 +144,7 @@ static int prepare_plain(const qk_kernels* kernels, const qk_frac* frac, const q
   fill_side(&grads->k, item, p->plain.ndim, &p->more[1], p->dy_dim[1]);
   p->prefetch = forced.prefetch >= 0 ? forced.prefetch : 1;
   int rows = rows_of(v->head_dim);
-  const int vector = rows == 4 ? 2 : rows - 1, has_layout = kernels->function[vector] != 0;
+  const int vector = forced.rows == 4 ? 2 : rows - 1, has_layout = kernels->function[vector] != 0;
   grid->function = vector;
   if (!has_layout || !qk_is_aligned(v, &p->plain, bits_of(p))) {
     grid->function = qk_scalar_kernel(has_layout, answer);
