@@ -105,11 +105,11 @@ struct Ring {
     char* dx;
     int count;
   };
-  struct Stage {
+  struct alignas(16) Stage {
+    unsigned rows[kRows][2][kPieces][32][kBytes / 4];
     Unit units[32];
     uint2 position[32];
     long long table[kRowsOfTable ? 2 : 1][kRowsOfTable ? 32 : 1];
-    unsigned rows[kRows][2][kPieces][32][kBytes / 4];
   };
 
   __device__ __forceinline__ static void copy(const char* from, int first,
