@@ -113,6 +113,7 @@ class Launch:
 
     variant: Variant
     prepared: _Prepared | _Step
+    keep: Any = None  # what the launch points at
 
     def run(self, kernels: Callable[[Variant], Any] = kernels) -> str | None:
         """None, or what a GPU would not have borne."""
@@ -137,8 +138,31 @@ def launches(
     return [Launch(variant, one) for one in found[:count]]
 
 
-def emulate_backward(plan: Any, *operands: Any, num_sms: int = NUM_SMS) -> None:
-    """The same, in the place of `qkrope.cpu.qk_norm_rope_backward`, with CUDA's workspace."""
+class Sum(ctypes.Structure):
+    """qk_sum of native/backward.h."""
+
+    _fields_ = (
+        ("parts", ctypes.c_void_p),
+        ("to", ctypes.c_void_p),
+        ("columns", ctypes.c_longlong),
+        ("rows", ctypes.c_int),
+    )
+
+
+def sums_of(launch: Launch) -> list[Sum]:
+    """What the launch of "sums" adds."""
+    assert NAMES[launch.prepared.grid.function] == "sums"
+    at = ctypes.addressof(launch.prepared) + type(launch.prepared).launch.offset
+    return [*(Sum * launch.prepared.grid.grid[1]).from_address(at)]
+
+
+def emulate_backward(
+    plan: Any, *operands: Any, num_sms: int = NUM_SMS, into: list[Launch] | None = None
+) -> None:
+    """The same, in the place of `qkrope.cpu.qk_norm_rope_backward`, with CUDA's workspace.
+
+    into: where the launches go, which then do not run.
+    """
     if operands[-1] is not None:
         sums = [t for t in operands[-6:-1] if t is not None]
         given = [t for t in operands[2:4] if t is not None]
@@ -146,7 +170,12 @@ def emulate_backward(plan: Any, *operands: Any, num_sms: int = NUM_SMS) -> None:
         rows = _native.lib().backward_partials(plan.handle, tokens, num_sms)
         room = torch.full((rows * sum(t.numel() for t in sums),), torch.nan)
         operands = (*operands[:-1], room)
-    emulate(plan, *operands, num_sms=num_sms, backward=True)
+    if into is None:
+        emulate(plan, *operands, num_sms=num_sms, backward=True)
+    else:
+        into += launches(plan, *operands, num_sms=num_sms, backward=True)
+        for launch in into:
+            launch.keep = operands
 
 
 def emulate(plan: Any, *operands: Any, num_sms: int = NUM_SMS, backward: bool = False) -> None:

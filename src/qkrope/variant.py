@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from .rope import PAIRINGS, Pair
@@ -85,8 +85,6 @@ class Variant:
         weight or table for each head, tokens that do not turn. It reads weights of any dtype, so
         that they are no part of it.
         """
-        if backward:  # casts count as the identity
-            spec = replace(spec, rounding="once")
         angle = angle if spec.rotary_dim else "none"
         reads = spec.rope is not None and spec.rope.reverse and angle in ("table", "inv_freq")
         general = general or reads or spec.v_norm is not None or is_general(spec)

@@ -24,6 +24,7 @@ _GENERAL = (*_OPTIONS, "general.cu")
 _BACKWARD_GENERAL = (*_OPTIONS, "backward.h", "sums.cuh", "backward_general.cu")
 _COMPILERS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 _INSTALL = "pip install qkrope[cuda]"
+tried = ""  # "#define QK_TRIED\n": the backward's other forms too, for the bench that tries them
 
 
 # Named tuples here and in cache.py: five times as fast to define as dataclasses, at each start.
@@ -69,7 +70,7 @@ def source(variant: Variant) -> str:
         (False, True): _BACKWARD,
         (True, True): _BACKWARD_GENERAL,
     }[variant.options is not None, variant.backward]
-    return variant.macros() + _body(sources)
+    return (tried if variant.backward else "") + variant.macros() + _body(sources)
 
 
 @cache

@@ -383,7 +383,7 @@ QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, kUnits < 4, kRegisters)
 QK_KERNEL(qkrope_vector2, QK_VECTOR_BYTES, 2, 1, kRegisters)
 #endif
 #endif
-#if QK_HEAD_DIM == 128 && QK_ROTARY_DIM == 128 && QK_DTYPE != 0 && QK_ANGLE == 1
+#ifdef QK_TRIED
 QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, 4, 72)
 QK_KERNEL(qkrope_vector4, QK_VECTOR_BYTES, 2, 3, 80)
 #endif

@@ -38,8 +38,8 @@ typedef struct {
 // The general kernel: blocks of a side begin at first_block; `rows` of them share its tokens, team
 // by team, for each of its slots of heads (a norm of whole rows has one). Heads a group of lanes
 // holds at once, and warps that a multiprocessor does.
-#define QK_BACKWARD_TEAM_ROWS(head_dim, angle) \
-  (QK_LANE_UNITS(head_dim) == 1 && (angle) != QK_ANGLE_TABLE ? 2 : 1)
+#define QK_BACKWARD_TEAM_ROWS(head_dim, angle, dtype) \
+  (QK_LANE_UNITS(head_dim) == 1 && (angle) != QK_ANGLE_TABLE && (dtype) != QK_F32 ? 2 : 1)
 #define QK_BACKWARD_TEAM_WARPS(head_dim) (QK_LANE_UNITS(head_dim) <= 2 ? 16 : 8)
 
 typedef struct {

@@ -204,11 +204,14 @@ struct Walk {
                              angles);
     }
   }
-  // The angles of a head, where each has its own.
+  // Angles are the token's, or made for each head: where it has its own, and where registers do not
+  // allow to hold them.
+  __device__ __forceinline__ bool each_turns() const {
+    return kUnits == 4 || (QK_ANGLE == QK_ANGLE_TABLE && p.base.table_heads);
+  }
   __device__ __forceinline__ bool turns_at(const Token& token, int head) {
     if (!Is::kTurns || !token.turns) return false;
-    if (QK_ANGLE == QK_ANGLE_TABLE && p.base.table_heads)
-      set_angles(token, head < work.end ? head : work.head);
+    if (each_turns()) set_angles(token, head < work.end ? head : work.head);
     return true;
   }
 
@@ -388,8 +391,7 @@ struct Walk {
 #pragma unroll 1
       for (int step = 0; step < grads.steps; ++step) {
         const Token token = locate(p, work.side, work.token + step * work.step_tokens);
-        if (Is::kTurns && token.turns && !(QK_ANGLE == QK_ANGLE_TABLE && p.base.table_heads))
-          set_angles(token, 0);
+        if (Is::kTurns && token.turns && !each_turns()) set_angles(token, 0);
         Slope row = {0.0f, 0.0f, 0.0f, 0.0f};
         if (work.chunks == 1) load(token, 0);
         if constexpr (Is::kRow) slope_of_row(token, row);
@@ -454,7 +456,7 @@ __device__ __forceinline__ void run(const Launch& p) {
 }
 
 [[maybe_unused]] constexpr int kRegisters = kUnits == 4 ? 255 : 128;
-constexpr int kHeads = kTeams ? QK_BACKWARD_TEAM_ROWS(kHeadDim, QK_ANGLE) : 1;
+constexpr int kHeads = kTeams ? QK_BACKWARD_TEAM_ROWS(kHeadDim, QK_ANGLE, QK_DTYPE) : 1;
 
 }  // namespace
 

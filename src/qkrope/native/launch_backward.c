@@ -182,7 +182,7 @@ static void shape_general(const qk_kernels* kernels, const qk_variant* v, long l
                           const int* heads, qk_launch_backward_general* p, qk_grid* out) {
   const int head_dim = v->head_dim, groups = QK_GROUPS(head_dim);
   const int teams = qk_is_row(&v->q) || qk_is_row(&v->k) || qk_is_row(&v->v);
-  const int rows = teams ? QK_BACKWARD_TEAM_ROWS(head_dim, v->angle) : 1;
+  const int rows = teams ? QK_BACKWARD_TEAM_ROWS(head_dim, v->angle, v->dtype) : 1;
   const unsigned tokens = p->base.plain.tokens;
   int slots[SIDES], block = 1;
   for (int i = 0; i < SIDES; ++i) {
@@ -196,7 +196,8 @@ static void shape_general(const qk_kernels* kernels, const qk_variant* v, long l
   if (block < LEAST_WARPS) block = LEAST_WARPS / block * block;
   long long work = 0;  // of warps and tokens
   for (int i = 0; i < SIDES; ++i) work += (long long)tokens * slots[i] * p->base.team_warps[i];
-  const long long room = (long long)kernels->num_sms * QK_BACKWARD_TEAM_WARPS(head_dim);
+  const int held = forced.warps ? forced.warps : QK_BACKWARD_TEAM_WARPS(head_dim);
+  const long long room = (long long)kernels->num_sms * held;
   const long long steps = ceil_div(work, room);
   out->grid[0] = 0;
   for (int i = 0; i < SIDES; ++i) {
