@@ -49,9 +49,10 @@ class Any_(ctypes.Structure):
     _fields_ = (("type", ctypes.c_int32), ("pad", ctypes.c_uint32), ("value", ctypes.c_int64))
 
 
-def native(operands: list[Any]) -> int | None:
-    """The answer of the native op on tensors taken for CUDA ones; None where it raised."""
-    function = ctypes.CDLL(str(_native.resource(_native.LIBRARY))).__tvm_ffi_qk_norm_rope
+def native(operands: list[Any], name: str = "qk_norm_rope") -> int | None:
+    """The answer of a native op on tensors taken for CUDA ones; None where it raised."""
+    library = ctypes.CDLL(str(_native.resource(_native.LIBRARY)))
+    function = library[f"__tvm_ffi_{name}"]
     function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)
     kept: list[Any] = []
     args = (Any_ * len(operands))()

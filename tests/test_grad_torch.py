@@ -207,6 +207,12 @@ def test_autocast_changes_nothing(device: str) -> None:
         grads.check(found)
         for name, y in found.items():
             assert_same_bits(y, want[name], name)
+    q, k, *rest = RECIPE.make(device).args()
+    with (
+        torch.autocast(device, dtype=BF16),
+        pytest.raises(TypeError, match="k: expected the dtype"),
+    ):
+        qkrope.qk_norm_rope(q.requires_grad_(), k.to(BF16), *rest)
 
 
 def test_func_grad(device: str) -> None:

@@ -6,7 +6,8 @@ says ``import qkrope.torch_op`` first. An op takes its Spec as text, ``Spec.cano
 means the same in every process. What holds several values comes apart: cos_sin as cos, sin, k_cos
 and k_sin, out as q_out, k_out and v_out, positions as positions and k_positions; a scale that is a
 number is q_scale_number or k_scale_number. Everything else, errors too, is as in the public calls,
-which are what the ops run.
+which are what the ops run. ``qk_norm_rope_backward`` is the gradient of ``qk_norm_rope``
+(`qkrope.torch_grad`); the other ops have none.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ typedef struct {
 } qk_backward_step;
 enum { QK_BACKWARD_STEPS = 2 };  // of a part, at most
 
-// launch_backward.c: the launches of a part -> how many.
+// launch_backward.c: the launches of a part -> how many, or -1 with an error raised.
 int qk_prepare_backward(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* call,
                         int part, qk_backward_step* to, long long* answer);
 long long qk_backward_key(const qk_checked* call);

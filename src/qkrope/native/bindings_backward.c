@@ -20,10 +20,13 @@ FUNCTION(backward_prepare) {
   for (int i = 0; i < QK_KERNELS; ++i)
     if (args[1].v_int64 >> i & 1) kernels.function[i] = to;  // any address but null
   long long count = 0, answer;
-  for (int i = 0; i < checked.num_parts; ++i)
-    if (checked.part[i].tokens)
-      count +=
-          qk_prepare_backward(&kernels, checked.part[i].frac, &checked, i, to + count, &answer);
+  for (int i = 0; i < checked.num_parts; ++i) {
+    if (!checked.part[i].tokens) continue;
+    const int many =
+        qk_prepare_backward(&kernels, checked.part[i].frac, &checked, i, to + count, &answer);
+    if (many < 0) return -1;
+    count += many;
+  }
   return return_int(result, count);
 }
 

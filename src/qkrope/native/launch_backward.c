@@ -35,12 +35,13 @@ static int is_tight(const qk_variant* v) {
          v->dtype != QK_F32 && v->q.norm == v->k.norm && v->angle != QK_ANGLE_INV_FREQ;
 }
 
-// Of the whole device.
-static long long all_warps(int head_dim, int tight, int num_sms) {
-  return (long long)num_sms * (forced.warps ? forced.warps : QK_BACKWARD_WARPS(head_dim, tight));
-}
-
 static long long ceil_div(long long a, long long b) { return (a + b - 1) / b; }
+
+// Blocks that the device holds at once: more would begin when others end, and double the time.
+static long long held_blocks(int num_sms, int warps, int block) {
+  if (forced.warps) warps = forced.warps;
+  return (long long)num_sms * (warps > block ? warps / block : 1);
+}
 
 // Rows of partial sums: enough for a side's blocks, each of which writes one. They are never more
 // than the device holds at once, rounded up for each slot of heads, or than there is work for.
@@ -49,42 +50,56 @@ long long qk_cuda_partials(const qk_plan* plan, long long tokens, int num_sms) {
   const int heads = plan->num_q_heads > plan->num_kv_heads ? plan->num_q_heads : plan->num_kv_heads;
   const long long slots = ceil_div(heads, groups);
   const long long work = ceil_div(tokens, LEAST_WARPS) * slots;
-  const long long room = ceil_div(all_warps(head_dim, 1, num_sms), LEAST_WARPS) + slots;
+  const long long held = held_blocks(num_sms, QK_BACKWARD_WARPS(head_dim, 1), block_warps());
+  const long long room = held > slots ? held : slots;
   return work < room ? work : room;
 }
 
-// One block's walk of a side: groups of lanes take units in turn, as many steps for every group.
-static unsigned shape_side(qk_launch_side* side, qk_backward_side* more, unsigned tokens,
-                           long long steps, int head_dim, int rows, long long most) {
-  const int groups = QK_GROUPS(head_dim), warps = block_warps();
-  if (!side->heads) return 0;
+// The boundary knows no number of multiprocessors, and so only that there is a workspace.
+static int check_room(long long most, long long least) {
+  if (most >= least) return 0;
+  return qk_raise("ValueError", "workspace: expected room for %lld rows of sums or more, got %lld",
+                  least, most);
+}
+
+// Blocks of a side whose groups of lanes take units in turn, `steps` or fewer each.
+static long long blocks_of(const qk_launch_side* side, long long tokens, long long steps,
+                           int head_dim, int rows) {
+  const long long units = tokens * qk_slots_of(side->heads, rows);
+  return ceil_div(units, steps * block_warps() * QK_GROUPS(head_dim));
+}
+
+static void shape_side(qk_launch_side* side, qk_backward_side* more, long long tokens,
+                       long long blocks, int head_dim, int rows) {
+  if (!side->heads) return;
+  const long long stride = blocks * block_warps() * QK_GROUPS(head_dim);
   more->units = qk_slots_of(side->heads, rows);
   side->passes = qk_slots_of(side->heads, more->units);  // as even as it goes
-  const long long work = ceil_div((long long)tokens * more->units, groups);
-  long long blocks = ceil_div(ceil_div(work, steps), warps);
-  if (more->parts && blocks > most) blocks = most;
-  const long long stride = blocks * warps * groups;
-  more->steps = (int)ceil_div(work, blocks * warps);
+  more->steps = (int)ceil_div(tokens * more->units, stride);
   more->step_tokens = (unsigned)(stride / more->units);
   more->step_units = (int)(stride % more->units);
-  return (unsigned)blocks;
 }
 
-static long long units_of(const qk_launch_side* side, int rows) {
-  return qk_slots_of(side->heads, rows);
-}
-
-static void shape(qk_launch_backward_plain* p, const qk_variant* v, long long room, int rows,
+// As few steps as blocks of both sides allow that the device holds at once, and that have a row of
+// sums each.
+static void shape(qk_launch_backward_plain* p, int head_dim, long long held, int rows,
                   long long most, qk_grid* out) {
-  const int head_dim = v->head_dim;
   qk_launch_side* side = p->plain.side;
-  const long long work = ceil_div(
-      p->plain.tokens * (units_of(&side[0], rows) + units_of(&side[1], rows)), QK_GROUPS(head_dim));
-  const long long steps = ceil_div(work, room);
-  p->plain.q_slots =
-      shape_side(&side[0], &p->more[0], p->plain.tokens, steps, head_dim, rows, most);
-  out->grid[0] = p->plain.q_slots +
-                 shape_side(&side[1], &p->more[1], p->plain.tokens, steps, head_dim, rows, most);
+  const long long tokens = p->plain.tokens;
+  long long q, k, steps = 0;
+  do {
+    ++steps;
+    q = blocks_of(&side[0], tokens, steps, head_dim, rows);
+    k = blocks_of(&side[1], tokens, steps, head_dim, rows);
+    // Far too many: nearly there at once.
+    if (q + k > 2 * held) steps = (q + k) / held * steps - 1;
+  } while (q + k > held && (q > 1 || k > 1));
+  if (p->more[0].parts && q > most) q = most;
+  if (p->more[1].parts && k > most) k = most;
+  shape_side(&side[0], &p->more[0], tokens, q, head_dim, rows);
+  shape_side(&side[1], &p->more[1], tokens, k, head_dim, rows);
+  p->plain.q_slots = (int)q;
+  out->grid[0] = (unsigned)(q + k);
   out->grid[1] = out->grid[2] = out->block[2] = 1;
   out->block[0] = 32;
   out->block[1] = block_warps();
@@ -150,7 +165,10 @@ static int prepare_plain(const qk_kernels* kernels, const qk_frac* frac, const q
     grid->function = qk_scalar_kernel(has_layout, answer);
     rows = 1;
   }
-  shape(p, v, all_warps(v->head_dim, is_tight(v), kernels->num_sms), rows, grads->partials, grid);
+  if ((p->more[0].parts || p->more[1].parts) && check_room(grads->partials, 1)) return -1;
+  const int warps = QK_BACKWARD_WARPS(v->head_dim, is_tight(v));
+  shape(p, v->head_dim, held_blocks(kernels->num_sms, warps, block_warps()), rows, grads->partials,
+        grid);
   start_sums(&to[1]);
   add_sum(grads->q.dweight, grads->q.dweight_parts, grads->q.dweight_count, p->plain.q_slots,
           &to[1]);
@@ -178,8 +196,8 @@ static void fill_general(const qk_side_grads* from, int item, int ndim,
 
 // Heads of a side lie in slots, which blocks have one each of; a norm of whole rows has a single
 // one, and a team of warps for it, whose size depends on the heads alone.
-static void shape_general(const qk_kernels* kernels, const qk_variant* v, long long most,
-                          const int* heads, qk_launch_backward_general* p, qk_grid* out) {
+static int shape_general(const qk_kernels* kernels, const qk_variant* v, long long most,
+                         const int* heads, qk_launch_backward_general* p, qk_grid* out) {
   const int head_dim = v->head_dim, groups = QK_GROUPS(head_dim);
   const int teams = qk_is_row(&v->q) || qk_is_row(&v->k) || qk_is_row(&v->v);
   const int rows = teams ? QK_BACKWARD_TEAM_ROWS(head_dim, v->angle, v->dtype) : 1;
@@ -194,28 +212,35 @@ static void shape_general(const qk_kernels* kernels, const qk_variant* v, long l
     if (p->base.team_warps[i] > block) block = p->base.team_warps[i];
   }
   if (block < LEAST_WARPS) block = LEAST_WARPS / block * block;
-  long long work = 0;  // of warps and tokens
-  for (int i = 0; i < SIDES; ++i) work += (long long)tokens * slots[i] * p->base.team_warps[i];
-  const int held = forced.warps ? forced.warps : QK_BACKWARD_TEAM_WARPS(head_dim);
-  const long long room = (long long)kernels->num_sms * held;
-  const long long steps = ceil_div(work, room);
+  const long long held = held_blocks(kernels->num_sms, QK_BACKWARD_TEAM_WARPS(head_dim), block);
+  long long blocks[SIDES], all, steps = 0;
+  do {
+    all = 0, ++steps;
+    for (int i = 0; i < SIDES; ++i) {
+      p->grads[i].teams = slots[i] ? block / p->base.team_warps[i] : 1;
+      blocks[i] = slots[i] ? ceil_div(tokens, steps * p->grads[i].teams) : 0;
+      all += blocks[i] * slots[i];
+    }
+    if (all > 2 * held) steps = all / held * steps - 1;
+  } while (all > held && (blocks[0] > 1 || blocks[1] > 1 || blocks[2] > 1));
   out->grid[0] = 0;
   for (int i = 0; i < SIDES; ++i) {
     qk_backward_general_side* side = &p->grads[i];
     side->first_block = out->grid[0];
     side->rows = 1;
     if (!slots[i]) continue;
-    side->teams = block / p->base.team_warps[i];
-    long long blocks = ceil_div(ceil_div(tokens, side->teams), steps);
-    if ((side->weight_parts || side->bias_parts) && blocks > most / slots[i])
-      blocks = most / slots[i];
-    side->rows = (unsigned)blocks;
-    side->steps = (int)ceil_div(tokens, blocks * side->teams);
-    out->grid[0] += (unsigned)blocks * slots[i];
+    if (side->weight_parts || side->bias_parts) {
+      if (check_room(most, slots[i])) return -1;
+      if (blocks[i] > most / slots[i]) blocks[i] = most / slots[i];
+    }
+    side->rows = (unsigned)blocks[i];
+    side->steps = (int)ceil_div(tokens, blocks[i] * side->teams);
+    out->grid[0] += (unsigned)blocks[i] * slots[i];
   }
   out->grid[1] = out->grid[2] = out->block[2] = 1;
   out->block[0] = 32;
   out->block[1] = block;
+  return 0;
 }
 
 static int prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
@@ -239,7 +264,7 @@ static int prepare_general(const qk_kernels* kernels, const qk_frac* frac, const
   const int has_layout = kernels->function[0] != 0;
   const int aligned = has_layout && qk_is_aligned_general(v, &p->base, bits);
   to[0].grid.function = aligned ? 0 : qk_scalar_kernel(has_layout, answer);
-  shape_general(kernels, v, grads->partials, heads, p, &to[0].grid);
+  if (shape_general(kernels, v, grads->partials, heads, p, &to[0].grid)) return -1;
   start_sums(&to[1]);
   for (int i = 0; i < SIDES; ++i) {
     const qk_backward_general_side* side = &p->grads[i];
@@ -277,6 +302,7 @@ int qk_launch_backward(const qk_plan* plan, const qk_checked* c, void* stream, l
     qk_backward_step steps[QK_BACKWARD_STEPS];
     if (!c->part[i].tokens) continue;
     const int many = qk_prepare_backward(slot->kernels, slot->frac, c, i, steps, answer);
+    if (many < 0) status = -1;
     for (int j = 0; j < many && !status; ++j)
       status = qk_submit(slot->kernels->function[steps[j].grid.function], &steps[j].grid,
                          &steps[j].launch, stream);
