@@ -1,4 +1,4 @@
-"""Gradients of calls on CUDA tensors as far as they go without a GPU, as in test_cuda_boundary.py."""
+"""Gradients of calls on CUDA tensors as far as they go without a GPU: see test_cuda_boundary.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from qkrope import _native
 from qkrope.cuda.launch import slot_key
-from qkrope.spec import Norm, Rope, Spec
+from qkrope.spec import Norm, Spec
 from qkrope.variant import Variant
 from test_cuda_boundary import BF16, FP32, SPEC, native, noted, operands
 
@@ -18,11 +18,17 @@ NO_DRIVER = pytest.mark.skipif(torch.cuda.is_available(), reason="the real drive
 
 
 def gradients(
-    spec: Spec = SPEC, tokens: int = 5, *, shift: int = 0, weights: bool = True, k_tokens: int = 0
+    spec: Spec = SPEC,
+    tokens: int = 5,
+    *,
+    shift: int = 0,
+    weights: bool = True,
+    k_tokens: int = 0,
+    room: int = 0,
 ) -> list[Any]:
     """A good call: x, dy and dx `shift` elements into their memory, whose weights want sums or not.
 
-    k_tokens: k has so many tokens, and positions of its own.
+    k_tokens: k has so many tokens, and positions of its own. room: of the workspace.
     """
     call = operands(spec)
     sides = []
@@ -37,7 +43,7 @@ def gradients(
     call += [*(None,) * 7, None, None, 0, -1]
     sums = [torch.zeros(spec.head_dim) for _ in "qk"] if weights else [None, None]
     rows = _native.lib().backward_partials(call[0], max(tokens, k_tokens), 132)
-    workspace = torch.zeros(rows * 2 * spec.head_dim) if weights else None
+    workspace = torch.zeros(room or rows * 2 * spec.head_dim) if weights else None
     return [*call, dy_q, dy_k, None, *sums, None, None, None, workspace]
 
 
@@ -118,5 +124,46 @@ def test_launches(tmp_path: Path) -> None:
         (Spec(3, 2, 90), 64, {}),
         (Spec(32, 8, 128, norm=Norm("layer")), 4096, {}),
         (Spec(48, 8, 128, norm=Norm(scope="row")), 4096, {}),
+        (Spec(32, 8, 128), 64, {"room": 255}),
+        (Spec(32, 8, 128, norm=Norm("layer")), 64, {"room": 15 * 256}),
+        (Spec(32, 8, 128, norm=Norm("layer")), 64, {"room": 16 * 256}),
     ]"""
-    assert noted(tmp_path, LAUNCH, calls) == []
+    assert noted(tmp_path, LAUNCH, calls) == [
+        "qkrope_vector2 3 1 1 32 4",
+        "qkrope_sums 32 2 1 32 8",
+        "answer 0",
+        "qkrope_vector2 640 1 1 32 4",
+        "qkrope_sums 32 2 1 32 8",
+        "answer 0",
+        "qkrope_vector2 640 1 1 32 4",
+        "answer 0",
+        "qkrope_vector2 660 1 1 32 4",
+        "qkrope_sums 32 2 1 32 8",
+        "answer 0",
+        "answer 0",
+        "qkrope_vector1 513 1 1 32 4",
+        "qkrope_sums 128 2 1 32 8",
+        "answer 0",
+        "qkrope_vector2 2 1 1 32 4",
+        "qkrope_sums 16 1 1 32 8",
+        "qkrope_vector2 1 1 1 32 4",
+        "qkrope_sums 16 1 1 32 8",
+        "answer 0",
+        "qkrope_scalar 320 1 1 32 4",
+        "qkrope_sums 32 2 1 32 8",
+        "answer -1",
+        "qkrope_scalar 40 1 1 32 4",
+        "qkrope_sums 23 2 1 32 8",
+        "answer 0",
+        "qkrope_vector1 520 1 1 32 4",
+        "qkrope_sums 32 2 1 32 8",
+        "answer 0",
+        "qkrope_vector1 130 1 1 32 12",
+        "qkrope_sums 32 2 1 32 8",
+        "answer 0",
+        "answer None",
+        "answer None",
+        "qkrope_vector1 32 1 1 32 4",
+        "qkrope_sums 32 2 1 32 8",
+        "answer 0",
+    ]
