@@ -3,7 +3,8 @@
 # scikit-build-core, cuda-core and cuda-bindings. It needs no network: wheels that python3 lacks
 # (apache-tvm-ffi) are taken from the folder .whl, if there is one.
 #
-#   tools/gpu.sh [build] [test] [bench] [bars] [host] [peers] [grid] [ncu] [sanitize]
+#   tools/gpu.sh [build] [test] [bench] [bars] [training] [host] [peers] [grid] [ncu]
+#                [sanitize]
 #                                                       no argument: build test bench
 #
 # Environment: OUT (default build/out) receives the full logs; QKROPE_COMMIT names the commit in
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.."
 out=${OUT:-build/out}
 python=${GPU_PYTHON:-python3}
 mkdir -p "$out"
-rm -f "$out"/{build,test,bench,bars,host,peers,grid,ncu,sanitize}.log
+rm -f "$out"/{build,test,bench,bars,training,host,peers,grid,ncu,sanitize}.log
 export QKROPE_COMMIT=${QKROPE_COMMIT:-$(git rev-parse --short=12 -q --verify HEAD 2>/dev/null || echo unknown)}
 export PYTHONUNBUFFERED=1
 summary=()
@@ -71,6 +72,12 @@ peers() {
     --shape Qwen3-8B --shape FLUX.1
   run peers peers.log "$python" -m qkrope bench --peers "$folder" --out "$out/peers.jsonl" \
     ${PEERS_ARGS:---baselines eager --shape Qwen3-8B --shape FLUX.1 --tokens 1,64,256,1024,4096,16384}
+}
+
+# Forward and backward beside torch.compile and Liger.
+training() {
+  run training training.log "$python" -m qkrope.bench.training --peers "${PEERS:-peers}" \
+    --out "$out/training.jsonl" ${TRAINING_ARGS:-}
 }
 
 host() {
@@ -134,6 +141,7 @@ for step in "$@"; do
     test) tests ;;
     bench) bench ;;
     bars) bars ;;
+    training) training ;;
     host) host ;;
     peers) peers ;;
     grid) grid ;;
