@@ -181,11 +181,11 @@ __device__ __forceinline__ void run(const qk_launch_general& p) {
   } else {
     place_in_head(work);
     constexpr bool kOnTokens = QK_ON_TOKENS(kHeadDim, kMost);
-    const int x = blockIdx.x, group = threadIdx.x / kLanes;
+    const int x = blockIdx.x * blockDim.y + threadIdx.y, group = threadIdx.x / kLanes;
     work.side = x < p.plain.q_slots ? kQ : !QK_HAS_V || x < p.k_slots ? kK : kV;
-    work.token = (blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
+    work.token = blockIdx.z * gridDim.y + blockIdx.y;
     if (kOnTokens) work.token *= kGroups;
-    if (work.token >= p.plain.tokens) return;  // the whole warp
+    if (work.token >= p.plain.tokens || x >= p.plain.slots) return;  // the whole warp
     int slot = x - (work.side == kQ ? 0 : work.side == kK ? p.plain.q_slots : p.k_slots);
     if (kOnTokens)
       work.token += group;

@@ -129,6 +129,7 @@ static void shape_teams(const qk_kernels* kernels, const qk_checked* c, int rows
   out->block[0] = 32;
   out->block[1] = block;
   out->block[2] = 1;
+  out->shared = 0;
 }
 
 // Whether a norm of rows may take the fast kernel, where the cubin has one: nothing beyond weights,
@@ -173,6 +174,6 @@ void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk
     out->function = 2, rows = 4;  // no such kernel
   p->plain.q_slots = qk_shape_side(&p->plain.side[Q], rows, head_dim);
   p->k_slots = p->plain.q_slots + qk_shape_side(&p->plain.side[K], rows, head_dim);
-  const int slots = p->k_slots + qk_shape_side(&p->v, rows, head_dim);
-  qk_shape_grid(kernels, p->plain.tokens, slots, rows, head_dim, out);
+  p->plain.slots = p->k_slots + qk_shape_side(&p->v, rows, head_dim);
+  qk_shape_grid(kernels, p->plain.tokens, p->plain.slots, rows, head_dim, out);
 }

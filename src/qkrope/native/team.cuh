@@ -11,9 +11,9 @@ static_assert(!QK_SIMPLE_ROWS || (kTeams && !QK_HAS_V && !QK_ROPE_FIRST && !QK_O
               "simple rows");
 
 constexpr int kTeamRows = QK_FAST_TEAM_ROWS(kHeadDim, QK_DTYPE == QK_F32 ? 4 : 2);
-// Four blocks of ten warps on a multiprocessor, or what spills nowhere and lets the most start.
+// What spills nowhere and lets the most start.
 [[maybe_unused]] constexpr int kTeamRegisters =
-    QK_ANGLE == QK_ANGLE_TABLE || QK_ANGLE == QK_ANGLE_INV_FREQ ? 72 : 48;
+    QK_ANGLE == QK_ANGLE_TABLE || QK_ANGLE == QK_ANGLE_INV_FREQ ? 96 : 72;
 static_assert(kTeamRegisters * 32 * QK_FAST_TEAM_WARPS <= 65536, "registers of a block");
 
 template <int kBytes>
