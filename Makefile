@@ -41,7 +41,7 @@ $(VENV)/.build: constraints.txt pyproject.toml
 $(VENV)/.package: $(VENV)/.build CMakeLists.txt $(NATIVE)
 	@echo 'Building qkrope; the first time this also downloads what it needs, torch among it.'
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q -c constraints.txt --no-build-isolation \
-	  -C cmake.define.QKROPE_WERROR=$(WERROR) -e '.[cuda,bench,test,dev]'
+	  -C cmake.define.QKROPE_WERROR=$(WERROR) -e '.[cuda,bench,test,dev,docs]'
 	@touch $@
 
 lint: venv ## ruff, clang-format and mypy, all in checking mode
