@@ -55,7 +55,7 @@ def _check(line: Line) -> str:
         *(f"{name}, ulp" for name in names),
         *(f"{name}, exact" for name in names),
     ]
-    rows = [_row(head), "|---|" + "---:|" * (len(head) - 1)]
+    rows = [f"{line['dtype']}:", "", _row(head), "|---|" + "---:|" * (len(head) - 1)]
     for decade in line["decades"]:
         methods = decade["methods"]
         cells = [show(methods[name][key]) for key, show in figures for name in names]
