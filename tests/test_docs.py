@@ -111,6 +111,12 @@ def test_every_name_in_the_text_exists() -> None:
         pkgutil.resolve_name(f"qkrope.{name}")
 
 
+def test_the_number_of_models_is_that_of_the_catalogue() -> None:
+    from qkrope.models import entries
+
+    assert f" {len(entries())} released models" in PAGES["docs/index.md"]
+
+
 def test_every_public_name_is_in_the_api() -> None:
     documented = set(re.findall(r"^::: qkrope\.(\w+)$", PAGES["docs/api.md"], re.MULTILINE))
     assert {*qkrope.__all__} <= documented
