@@ -134,7 +134,8 @@ def render_bars(found: Sequence[Line]) -> str:
     latest = {row["case"]: row for row in found}
     lines = ["| case | us | sweep, us | ratio | bar |", "|---|---:|---:|---:|---:|"]
     for case, row in latest.items():
-        numbers = f"{row['us']:.2f} | {row['sweep_us']:.2f} | {row['ratio']:.3f} | {row['bar']}"
+        bar = "-" if row["bar"] is None else row["bar"]
+        numbers = f"{row['us']:.2f} | {row['sweep_us']:.2f} | {row['ratio']:.3f} | {bar}"
         lines.append(f"| {case} | {numbers} |")
     names = ("device_name", "isa", "driver", "torch", "qkrope", "commit")
     facts = {name: _several(str(row[name]) for row in latest.values()) for name in names}
@@ -168,6 +169,7 @@ def rewrite(
     text: str,
     found: Sequence[Record],
     bars: Sequence[Line] = (),
+    peers: Sequence[Record] = (),
     host: Sequence[Line] = (),
     checks: Sequence[Line] = (),
 ) -> str:
@@ -176,7 +178,7 @@ def rewrite(
     tables: dict[str, Callable[[], str]] = {
         **{f"bench:{kind}": partial(render, found, kind) for kind in KINDS},
         **{f"bench:{kind}-first": partial(render, first, kind) for kind in KINDS},
-        "bench:peers": partial(render_peers, found),
+        "bench:peers": partial(render_peers, peers),
         "bench:bars": partial(render_bars, bars),
         "bench:host": partial(render_host, host),
         "bench:check": partial(render_check, checks),
@@ -206,7 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.results.is_dir():
         print(f"--results: {args.results} is not a folder", file=sys.stderr)
         return 2
-    found = [r for path in _files(args.results) for r in records.read(path)]
+    found, peers = (
+        [r for path in _files(folder) for r in records.read(path)]
+        for folder in (args.results, args.results / "peers")
+    )
     bars, host = (
         [json.loads(line) for path in _files(args.results / name) for line in _lines(path)]
         for name in ("bars", "host")
@@ -215,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stale = 0
     for file in args.files:
         old = file.read_text()
-        new = rewrite(old, found, bars, host, checks)
+        new = rewrite(old, found, bars, peers, host, checks)
         if new == old:
             continue
         if not args.check:
