@@ -1,0 +1,154 @@
+"""Small random models of transformers to patch: their q and k at attention, logits and tokens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
+
+from qkrope.integrations import transformers_plan
+from upstream import Seen, randomize
+from upstream_families import FAMILIES as PLAIN
+from upstream_latent import FAMILIES as LATENT
+from upstream_transformers import (
+    BATCH,
+    TOKENS,
+    Family,
+    build,
+    captured,
+    configure,
+    modules_of,
+    positions_of,
+)
+
+# Beside those that test_upstream_transformers.py reads: no norm, or a config of another's class.
+MORE = [
+    Family("llama", "LlamaAttention"),
+    Family("mistral", "MistralAttention", {"head_dim": 16}),
+    Family("mixtral", "MixtralAttention"),
+    Family("qwen2", "Qwen2Attention"),
+    Family("qwen2_moe", "Qwen2MoeAttention"),
+]
+FAMILIES = [*PLAIN, *LATENT, *MORE]
+NEW = [16, 32, 3, 3]  # of bos_token_id and so on: ids below 32 are all real tokens
+
+
+def need(family: Family) -> None:
+    """Skip where this transformers is older than the architecture."""
+    if family.model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family.model_type}")
+
+
+def small(family: Family, dtype: torch.dtype, device: str) -> nn.Module:
+    """The model that the other tests of a family run, on a device."""
+    need(family)
+    torch.manual_seed(7)
+    _, model = build(family)
+    modules = modules_of(family, model)
+    head_dim = getattr(modules[0], "head_dim", None) or modules[0].qk_head_dim
+    randomize(model, modules, head_dim)
+    return model.to(device, dtype)
+
+
+def attend(family: Family, model: nn.Module) -> tuple[list[Seen], Tensor]:
+    """One forward pass: what each attention layer got, and the model's result."""
+    device = next(model.parameters()).device
+    torch.manual_seed(11)
+    ids = torch.randint(3, 30, (BATCH, TOKENS), device=device)
+    positions = positions_of(family.axes).to(device)
+    if family.counted:
+        positions = torch.arange(TOKENS, device=device).expand_as(positions)
+    seen = {module: Seen(module) for module in modules_of(family, model)}
+    results: list[Any] = []
+    handle = model.register_forward_hook(lambda m, args, out: results.append(out))
+    try:
+        with torch.no_grad(), captured(seen):
+            if family.forward is not None:
+                family.forward(model, ids, positions)
+            else:
+                model(input_ids=ids, position_ids=positions, use_cache=False)
+    finally:
+        handle.remove()
+    out = results[-1]
+    last = getattr(out, "last_hidden_state", None)
+    return list(seen.values()), out[0] if last is None else last
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many calls of qkrope patched modules make."""
+    original, calls = transformers_plan.qk_norm_rope, [0]
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        return original(*args, **keywords)
+
+    transformers_plan.qk_norm_rope = call
+    try:
+        yield calls
+    finally:
+        transformers_plan.qk_norm_rope = original
+
+
+def scattered(model: nn.Module) -> nn.Module:
+    """Weights with which a small model says many different things, rather than repeat its input."""
+    generator = torch.Generator().manual_seed(5)
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim < 2:
+                p.copy_(torch.nan_to_num(p) + 0.3 * noise)
+            elif "embed" in name:
+                p.copy_(noise * (0.1 if tied else 1.0))
+            else:
+                p.copy_(noise if "lm_head" in name else noise / p.shape[-1] ** 0.5)
+    return model
+
+
+def causal(family: Family, attention: str = "sdpa") -> nn.Module:
+    """The family's model with a head for tokens, in float32."""
+    need(family)
+    torch.manual_seed(0)
+    make = transformers.AutoModelForCausalLM.from_config
+    try:
+        model = make(configure(family), attn_implementation=attention)
+    except ValueError:  # it has no sdpa
+        model = make(configure(family), attn_implementation="eager")
+    return scattered(model.float().eval())
+
+
+def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int = 64) -> Tensor:
+    """Greedy tokens with the KV cache."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            pad_token_id=0,
+            use_cache=True,
+        )
+    return out[:, -steps:]
+
+
+def prompt(device: str) -> dict[str, Tensor]:
+    """Two rows of tokens, the second with padding on its left."""
+    torch.manual_seed(2)
+    ids, mask = torch.randint(3, 30, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :2] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def rows_of(text: str, mark: str) -> list[str]:
+    """The rows of a table between two marks of a document."""
+    table = text.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->", maxsplit=1)[0]
+    return [line for line in table.splitlines() if line.startswith("| `")]
