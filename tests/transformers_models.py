@@ -28,6 +28,14 @@ from upstream_transformers import (
     positions_of,
 )
 
+
+def assisted(model: nn.Module, ids: Tensor, positions: Tensor) -> None:
+    """Fewer queries than keys: the last two of the positions."""
+    x = torch.randn(*ids.shape, model.config.hidden_size).to(model.device, model.dtype)
+    states = x[:, :-2].repeat_interleave(len(model.config.target_layer_ids), -1)
+    model(noise_embeds=x[:, -2:], context_hidden_states=states, position_ids=positions)
+
+
 # Beside those that test_upstream_transformers.py reads: no norm, or a config of another's class.
 MORE = [
     Family("llama", "LlamaAttention"),
@@ -35,9 +43,15 @@ MORE = [
     Family("mixtral", "MixtralAttention"),
     Family("qwen2", "Qwen2Attention"),
     Family("qwen2_moe", "Qwen2MoeAttention"),
+    Family(
+        "muse_glimmer_assistant",
+        "MuseGlimmerAssistantAttention",
+        {"head_dim": 16, "target_layer_ids": [0, 1], "layer_types": ["full_attention"]},
+        model="MuseGlimmerAssistantModel",
+        forward=assisted,
+    ),
 ]
 FAMILIES = [*PLAIN, *LATENT, *MORE]
-NEW = [16, 32, 3, 3]  # of bos_token_id and so on: ids below 32 are all real tokens
 
 
 def need(family: Family) -> None:

@@ -149,7 +149,8 @@ def _layer(module: Any, config: Any, text: bool, rounding: Rounding, made: dict[
         raise Refused(f"{kind}: {model_type!r} is no text model that Spec.from_config knows")
     if _INTERFACE not in type(module).forward.__code__.co_names:
         raise Refused(f"{kind}: not the attention itself; its own heads stay with the model")
-    if "forward" in vars(module):
+    own = vars(module).get("forward")  # its class's, where a patched model has been pickled
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         raise Refused(f"{kind}: something else has replaced its forward")
     if not isinstance(getattr(module, "layer_idx", None), int):
         raise Refused(f"{kind}: it does not know its layer_idx")
