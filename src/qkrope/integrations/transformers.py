@@ -76,12 +76,12 @@ def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
     left: dict[str, str] = {}
     warned: dict[str, str] = {}
     made: dict[Any, Any] = {}
-    for name, module, config in _candidates(model):
+    for name, module, owner, config in _candidates(model):
         if _is_patched(module):
             raise ValueError(f"model: expected one that is not patched, got {name} patched already")
         text = getattr(config, "model_type", None) in FAMILIES
         try:
-            plan, flow = plan_of(_layer(module, config, text, rounding, made))
+            plan, flow = plan_of(_layer(module, owner, config, text, rounding, made))
             if not (plan.turns or plan.norms):
                 left[name] = "a layer without norm and rotation"
                 continue
@@ -125,23 +125,29 @@ def _is_patched(module: nn.Module) -> bool:
     return is_ours(getattr(vars(module).get("forward"), "__func__", None))
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Modules that call a rotation, each with the config that it was built from."""
-    configs: dict[str, Any] = {}
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, Any]]:
+    """Modules that call a rotation, each with the innermost model that it is of and the config."""
+    owners: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
-            configs[name] = module.config
+            owners[name] = module
         if not rotations(type(module).forward):
             continue
-        within = [c for outer, c in configs.items() if not outer or name.startswith(outer + ".")]
-        config = within[-1] if within else None  # of the innermost model
+        within = [m for outer, m in owners.items() if not outer or name.startswith(outer + ".")]
+        config = within[-1].config if within else None
         if getattr(config, "model_type", None) not in FAMILIES:
-            own = getattr(module, "config", None)
-            config = config if own is None else own
-        yield name, module, config
+            config = getattr(module, "config", config)
+        yield name, module, within[-1] if within else module, config
 
 
-def _layer(module: Any, config: Any, text: bool, rounding: Rounding, made: dict[Any, Any]) -> Layer:
+def _layer(
+    module: Any,
+    owner: nn.Module,
+    config: Any,
+    text: bool,
+    rounding: Rounding,
+    made: dict[Any, Any],
+) -> Layer:
     """The layer that a module is, or Refused."""
     kind = type(module).__name__
     if not text:
@@ -156,7 +162,9 @@ def _layer(module: Any, config: Any, text: bool, rounding: Rounding, made: dict[
         raise Refused(f"{kind}: it does not know its layer_idx")
     if id(config) not in made:
         made[id(config)] = config.to_dict()
-    return Layer(module, made[id(config)], config.model_type, rounding, made)
+    lengths = {b.numel() for n, b in owner.named_buffers() if n.endswith("inv_freq")}
+    values = made[id(config)], config.model_type, rounding
+    return Layer(module, *values, frozenset(lengths), made)
 
 
 def _said(plan: Plan) -> str:

@@ -8,13 +8,13 @@ its epsilon counts. Where parameters have no values yet (the meta device) shapes
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkrope import reference
 from qkrope.norm import Norm
@@ -23,7 +23,7 @@ from qkrope.spec import Spec
 from .transformers_flow import Refused
 from .transformers_plan import Form, Norming
 
-__all__ = ["check_norm", "form_of"]
+__all__ = ["check_frequencies", "check_norm", "form_of"]
 
 _FAILED = (RuntimeError, TypeError, ValueError, IndexError)
 _TOKENS, _Q, _K = 5, 3, 2
@@ -55,25 +55,32 @@ def form_of(name: str, function: Callable[..., Any], spec: Spec) -> Form:
                 break
         else:
             raise Refused(f"{name} does not rotate as the config says")
-        tail = form.tensors == 2 and _rotates(function, spec, replace(form, tail=True), 2)
+        tail = form.tensors == 2 and _rotates(function, spec, form, 2)
     form = _forms[function, spec] = replace(form, tail=tail)
     return form
 
 
 def _candidates(function: Callable[..., Any], spec: Spec) -> Iterator[Form]:
+    """Every way that a function with these parameters might take its arguments."""
     names = list(inspect.signature(function).parameters)
     first = next((names.index(n) for n in ("cos", "freqs_cis") if n in names), 0)
-    if first not in (1, 2):
+    rope, named, rotary = spec.rope, "unsqueeze_dim" in names, spec.rotary_dim
+    if first not in (1, 2) or rope is None:
         return
-    rope, named = spec.rope, "unsqueeze_dim" in names
-    tables = ["halves", "repeated", "pairs"] if "cos" in names else ["complex"]
-    if rope is not None and rope.mrope_section is not None and not rope.mrope_interleaved:
-        tables[0] = "channels"  # models with sections in chunks disagree on the second half
-    for table, axis in product(tables, (1,) if named else (1, 2)):
-        yield Form(first, axis, named, table, tail=False)
+    if "cos" not in names:
+        tables = [("complex", rotary // 2)]
+    else:
+        tables = [("halves", rotary), ("repeated", rotary), ("pairs", rotary // 2)]
+        if rope.mrope_section is not None and not rope.mrope_interleaved:
+            tables[0] = ("channels", rotary)  # sections in chunks: some disagree on the second half
+        if rope.pair_distance is not None:  # channels that never turn are in it too
+            tables.append(("halves", spec.head_dim))
+    for (table, width), axis in product(tables, (1,) if named else (1, 2)):
+        yield Form(first, axis, named, table, width, tail=False)
 
 
 def _rotates(function: Callable[..., Any], spec: Spec, form: Form, q_tokens: int) -> bool:
+    """Does the function do to random numbers what the oracle does?"""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, q_tokens, _Q, spec.head_dim, generator=generator)
     k = torch.randn(2, _TOKENS, _K, spec.head_dim, generator=generator)
@@ -83,35 +90,40 @@ def _rotates(function: Callable[..., Any], spec: Spec, form: Form, q_tokens: int
     want = reference.qk_norm_rope(q, k, None, None, None, spec, cos_sin=(q_table, (cos, sin)))
     if form.axis == 1:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-    for table in _tables(form, spec, cos, sin):
-        try:
-            got = function(q, k, *table) if form.tensors == 2 else function(q, *table)
-        except _FAILED:
-            continue
-        results = got if form.tensors == 2 else (got,)
-        if form.axis == 1:
-            results = tuple(y.transpose(1, 2) for y in results)
-        if all(_close(y, ref, 1e-5) for y, ref in zip(results, want, strict=False)):
-            return True
-    return False
+    given = (q, k) if form.tensors == 2 else (q,)
+    try:
+        got = function(*given, *_table(form, angles))
+    except _FAILED:
+        return False
+    results = got if form.tensors == 2 else (got,)
+    if form.axis == 1:
+        results = tuple(y.transpose(1, 2) for y in results)
+    return all(_close(y, ref, 1e-5) for y, ref in zip(results, want, strict=False))
 
 
-def _tables(form: Form, spec: Spec, cos: Tensor, sin: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tables of a layout; channels that never turn may be in them, with an angle of 0."""
+def _table(form: Form, angles: Tensor) -> tuple[Tensor, ...]:
+    """cos and sin of the angles of pairs as a form has them; an angle of 0 does not turn."""
+    if form.table == "repeated":
+        angles = angles.repeat_interleave(2, -1)
+    elif form.table in ("halves", "channels"):
+        angles = nn.functional.pad(angles, (0, form.width // 2 - angles.shape[-1]))
+        angles = torch.cat((angles, angles), -1)
     if form.table == "complex":
-        yield (torch.complex(cos, sin),)
-    elif form.table == "pairs":
-        yield cos, sin
-    elif form.table == "repeated":
-        yield cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
-    else:
-        yield torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
-        still = (spec.head_dim - spec.rotary_dim) // 2
-        c, s = (
-            torch.nn.functional.pad(cos, (0, still), value=1.0),
-            torch.nn.functional.pad(sin, (0, still)),
+        return (torch.polar(torch.ones_like(angles), angles),)
+    return angles.cos(), angles.sin()
+
+
+def check_frequencies(form: Form, frequencies: Collection[int]) -> None:
+    """Raise Refused where the model that owns a layer makes tables of another width.
+
+    ``frequencies`` are the lengths of its ``inv_freq`` buffers; none says nothing.
+    """
+    pairs = form.width if form.table in ("pairs", "complex") else form.width // 2
+    if frequencies and pairs not in frequencies:
+        got = " or ".join(map(str, sorted(frequencies)))
+        raise Refused(
+            f"the model's tables have {got} frequencies, by the config {pairs} pairs turn"
         )
-        yield torch.cat((c, c), -1), torch.cat((s, s), -1)
 
 
 def check_norm(norm: Any, step: Norming) -> None:

@@ -12,7 +12,7 @@ from qkrope.norm import Norm
 from qkrope.rounding import Rounding
 from qkrope.spec import Spec
 
-from .transformers_checks import check_norm, form_of
+from .transformers_checks import check_frequencies, check_norm, form_of
 from .transformers_flow import NORMS, Flow, NormSite, Refused, TurnSite, read
 from .transformers_plan import Norming, Plan, Turn
 
@@ -29,6 +29,7 @@ class Layer:
     config: dict[str, Any]
     model_type: str
     rounding: Rounding
+    frequencies: frozenset[int]  # lengths of the model's inv_freq
     made: dict[Any, Any]  # equal Specs are one object, and so one plan and one kernel
 
     def spec(self, part: str = "attention") -> Spec:
@@ -164,6 +165,7 @@ def _turn(layer: Layer, flow: Flow, site: TurnSite, norms: dict[str, Norming], s
         if part.head_dim == spec.head_dim or any(steps):
             raise
         form = form_of(site.name, function, part)
+    check_frequencies(form, layer.frequencies)
     side = ""
     if form.tensors == 1 and (first := site.norms[0]) is not None:
         side = _sides(first)[0]

@@ -23,14 +23,15 @@ class Form:
     ``tensors`` is how many it rotates at once. ``axis`` is that of the tokens' neighbour, the
     heads: 1 in [B, H, S, D], 2 in [B, S, H, D]; ``named`` where a call can say so with
     ``unsqueeze_dim``. ``table`` is the layout of cos and sin: "halves", "repeated" (each value
-    twice), "pairs", "channels" (the two of a pair may differ), or "complex". ``tail``: a q that has
-    fewer tokens than k takes the table's last rows.
+    twice), "pairs", "channels" (the two of a pair may differ), or "complex"; ``width`` is its last
+    dimension. ``tail``: a q that has fewer tokens than k takes the table's last rows.
     """
 
     tensors: int
     axis: int
     named: bool
     table: str
+    width: int
     tail: bool
 
 
@@ -132,6 +133,11 @@ class Plan:
 
 def _table(form: Form, rest: tuple[Any, ...], spec: Spec, q: Any, k: Any) -> Any:
     """cos and sin, one value a pair where that is all there is to know."""
+    if rest[0].shape[-1] != form.width:  # the model rotates other channels than its config says
+        raise ValueError(
+            f"position_embeddings: expected a last dimension of {form.width}, got "
+            f"{tuple(rest[0].shape)}; unpatch the model"
+        )
     if form.table == "complex":
         cos, sin = torch.view_as_real(rest[0].to((k if q is None else q).device)).unbind(-1)
     else:
