@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qkrope.integrations.transformers import patch, unpatch
-from transformers_models import FAMILIES, attend, counted, rows_of, small
+from transformers_models import FAMILIES, attend, rows_of, small, watched_calls
 from upstream import compare_bits
 from upstream_transformers import Family
 
@@ -40,7 +40,7 @@ def test_family(family: Family, device: str) -> None:
             name for name, module in model.named_modules() if module in {s.module for s in before}
         }
         assert names <= {*report.patched, *report.left}
-        with counted() as calls:
+        with watched_calls() as calls:
             after, patched = attend(family, model)
         # A call more or less would be a norm or a rotation that is done twice, or not at all.
         assert calls[0] == sum(text.count(",") + 1 for text in report.patched.values())

@@ -112,13 +112,14 @@ def attend(family: Family, model: nn.Module) -> tuple[list[Seen], Tensor]:
 
 
 @contextmanager
-def counted() -> Iterator[list[int]]:
-    """How many calls of qkrope patched modules make."""
+def watched_calls(factor: float = 1.0) -> Iterator[list[int]]:
+    """How many calls of qkrope patched modules make; what they give times ``factor``."""
     original, calls = transformers_plan.qk_norm_rope, [0]
 
     def call(*args: Any, **keywords: Any) -> Any:
         calls[0] += 1
-        return original(*args, **keywords)
+        results = original(*args, **keywords)
+        return results if factor == 1 else tuple(y if y is None else factor * y for y in results)
 
     transformers_plan.qk_norm_rope = call
     try:
@@ -130,16 +131,14 @@ def counted() -> Iterator[list[int]]:
 def scattered(model: nn.Module) -> nn.Module:
     """Weights with which a small model says many different things, rather than repeat its input."""
     generator = torch.Generator().manual_seed(5)
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim < 2:
                 p.copy_(torch.nan_to_num(p) + 0.3 * noise)
-            elif "embed" in name:
-                p.copy_(noise * (0.1 if tied else 1.0))
             else:
-                p.copy_(noise if "lm_head" in name else noise / p.shape[-1] ** 0.5)
+                whole = "embed" in name or "lm_head" in name
+                p.copy_(noise if whole else noise / p.shape[-1] ** 0.5)
     return model
 
 
@@ -147,11 +146,13 @@ def causal(family: Family, attention: str = "sdpa") -> nn.Module:
     """The family's model with a head for tokens, in float32."""
     need(family)
     torch.manual_seed(0)
+    config = configure(family)
+    config.tie_word_embeddings = False  # or the last token is the likeliest next one
     make = transformers.AutoModelForCausalLM.from_config
     try:
-        model = make(configure(family), attn_implementation=attention)
+        model = make(config, attn_implementation=attention)
     except ValueError:  # it has no sdpa
-        model = make(configure(family), attn_implementation="eager")
+        model = make(config, attn_implementation="eager")
     return scattered(model.float().eval())
 
 
@@ -171,9 +172,9 @@ def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int = 64) -> Te
 
 
 def prompt(device: str) -> dict[str, Tensor]:
-    """Two rows of tokens, the second with padding on its left."""
+    """Three rows of tokens, the second with padding on its left."""
     torch.manual_seed(2)
-    ids, mask = torch.randint(3, 30, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    ids, mask = torch.randint(3, 30, (3, 7)), torch.ones(3, 7, dtype=torch.long)
     mask[1, :2] = 0
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
