@@ -26,7 +26,8 @@ NAMED = (  # issue 5 names these; Qwen3-VL has a test of its own
     *("hunyuan_v1_dense", "hunyuan_v1_moe", "lfm2", "minimax_m2"),
 )
 WITH_TOKENS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-OTHERS = [f.id for f in FAMILIES if f.model_type in WITH_TOKENS and f.id not in NAMED]
+SILENT = ("qwen4_exp_text-partial",)  # with these weights it says one token, whatever it attends to
+OTHERS = [f.id for f in FAMILIES if f.model_type in WITH_TOKENS and f.id not in (*NAMED, *SILENT)]
 pytestmark = pytest.mark.filterwarnings("ignore:qkrope leaves as they are")
 
 

@@ -129,6 +129,8 @@ class _Reader:
             elif isinstance(statement, ast.If):
                 self.branch(statement)
             else:
+                if hasattr(statement, "body") and any(map(_is_site, ast.walk(statement))):
+                    raise Refused("its forward normalises or rotates in a loop, or the like")
                 self.read_all(statement)
 
     def assign(self, target: ast.expr, expression: ast.expr) -> None:
@@ -202,16 +204,14 @@ class _Reader:
             self.read_all(node)
             return None
         function = node.func
-        if isinstance(function, ast.Attribute):
-            own = isinstance(function.value, ast.Name) and function.value.id == "self"
-            if own and function.attr in NORMS and len(node.args) == 1 and not node.keywords:
-                return self.norm(node, function.attr)
-            if function.attr in _VIEWS and not own:
-                inner = self.value(function.value)
-                self.read_all(*node.args, *node.keywords)
-                return inner
-        elif isinstance(function, ast.Name) and function.id.startswith(_ROTATION):
-            return self.turn(node, function.id)
+        if (name := _norm_name(node)) is not None:
+            return self.norm(node, name)
+        if (name := _rotation_name(node)) is not None:
+            return self.turn(node, name)
+        if isinstance(function, ast.Attribute) and function.attr in _VIEWS:
+            inner = self.value(function.value)
+            self.read_all(*node.args, *node.keywords)
+            return inner
         self.read_all(node)
         return None
 
@@ -257,6 +257,26 @@ class _Reader:
                 value.met = None
         elif value is not None:
             value[0].used = True
+
+
+def _norm_name(node: ast.AST) -> str | None:
+    """x of ``self.x(...)`` where that is a norm."""
+    if not isinstance(node, ast.Call) or not isinstance(f := node.func, ast.Attribute):
+        return None
+    own = isinstance(f.value, ast.Name) and f.value.id == "self"
+    plain = len(node.args) == 1 and not node.keywords
+    return f.attr if own and plain and f.attr in NORMS else None
+
+
+def _rotation_name(node: ast.AST) -> str | None:
+    """The function that a call of a rotation names."""
+    if not isinstance(node, ast.Call) or not isinstance(f := node.func, ast.Name):
+        return None
+    return f.id if f.id.startswith(_ROTATION) else None
+
+
+def _is_site(node: ast.AST) -> bool:
+    return _norm_name(node) is not None or _rotation_name(node) is not None
 
 
 # ---- the same source with other calls -----------------------------------------------------------
