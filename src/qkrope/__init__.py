@@ -26,6 +26,7 @@ _LAZY = {
     "qk_norm_rope_": "ops",
     "qkv_norm_rope_": "ops",
     "norm_rope_groups_": "ops_groups",
+    "QKNormRope": "module",
     "warmup": "ops",
     "Group": "groups",
     "grid_positions": "grid",
@@ -33,7 +34,17 @@ _LAZY = {
     "fused_qk_norm_rope_out": "compat",
     "can_use_fused_qk_norm_rope": "compat",
 }
-_MODULES = ("reference", "ops", "compat", "angles", "bench", "config", "models", "torch_op")
+_MODULES = (
+    "reference",
+    "ops",
+    "compat",
+    "angles",
+    "bench",
+    "config",
+    "models",
+    "torch_op",
+    "module",
+)
 
 __all__ = [
     "NTK",
