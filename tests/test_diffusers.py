@@ -123,15 +123,16 @@ def test_unpatch_restores_bits_and_objects(name: str) -> None:
     state = {key: value.clone() for key, value in model.state_dict().items()}
     stock = run(model, inputs)
     done = integration.patch(model)
-    assert done.modules and set(done.modules) | set(done.left) == set(processors)
+    assert done.patched and {*done.patched, *done.left} == {*processors}
     assert model.state_dict().keys() == state.keys()
     run(model, inputs)
-    integration.patch(model, rounding="upstream")  # a second time replaces the first
-    assert integration.unpatch(model) == done.modules
+    with pytest.raises(ValueError, match="model: expected one that is not patched"):
+        integration.patch(model)
+    assert integration.unpatch(model) == len(done.patched)
     assert all(model.get_submodule(n).processor is p for n, p in processors.items())
     assert all(value.equal(state[key]) for key, value in model.state_dict().items())
     assert equal(run(model, inputs), stock)
-    assert integration.unpatch(model) == ()
+    assert integration.unpatch(model) == 0
 
 
 @pytest.mark.parametrize("name", ["FLUX.1", "FLUX.2", "Wan", "Wan, image"])
@@ -184,7 +185,7 @@ def test_processors_by_name() -> None:
         ours[name] = kind(model.get_submodule(name.removesuffix(".processor")))
     model.set_attn_processor(ours)
     assert relative(run(model, inputs), stock) < FP32
-    assert integration.unpatch(model) == ()  # there is nothing to put back
+    assert integration.unpatch(model) == 0  # there is nothing to put back
 
 
 def test_the_attention_backend_stays_selectable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,15 +203,25 @@ def test_the_attention_backend_stays_selectable(monkeypatch: pytest.MonkeyPatch)
     assert len(used) == 3 and {str(backend.value) for backend, _ in used} == {"_native_math"}
     model.set_attention_backend("native")
     integration.unpatch(model)
-    for name in done.modules:
+    for name in done.patched:
         assert model.get_submodule(name).processor._attention_backend.value == "native"
 
 
 def test_token_refiners_are_left_by_name() -> None:
     model, _ = made("HunyuanVideo")
     left = integration.patch(model).left
-    assert list(left.values()) == ["has no norm of Q and K"]
+    assert list(left.values()) == ["no norm of Q and K"]
     assert next(iter(left)).startswith("context_embedder.token_refiner")
+
+
+def test_patched_ends_with_the_block() -> None:
+    model, inputs = made("FLUX.1")
+    stock = run(model, inputs)
+    with pytest.raises(ZeroDivisionError), integration.patched(model, rounding="B/f") as report:
+        assert len(report.patched) == 3 and set(report.patched.values()) == {"FluxProcessor"}
+        run(model, inputs)
+        raise ZeroDivisionError
+    assert equal(run(model, inputs), stock) and integration.unpatch(model) == 0
 
 
 def test_deepcopy() -> None:
@@ -287,21 +298,21 @@ def test_a_norm_that_no_spec_describes(change: Callable[[Any], None], text: str)
     change(attn)
     with pytest.warns(UserWarning, match=rf"single_transformer_blocks\.1\.attn: {text}"):
         done = integration.patch(model)
-    assert len(done.modules) == 2 and attn.processor is stock
+    assert len(done.patched) == 2 and attn.processor is stock
 
 
 def test_refusals() -> None:
-    with pytest.raises(TypeError, match="transformer: expected a torch module.*got dict"):
+    with pytest.raises(TypeError, match="model: expected a torch module.*got dict"):
         integration.patch({})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="transformer: expected a torch module"):
+    with pytest.raises(TypeError, match="model: expected a torch module"):
         integration.unpatch(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got Linear .no module has an attention processor"):
         integration.patch(nn.Linear(2, 2))
     model, _ = made("FLUX.1")
-    with pytest.raises(ValueError, match="rounding: expected 'once' or 'upstream', got 'A/f'"):
-        integration.patch(model, rounding="A/f")
     with pytest.raises(ValueError, match="rounding: expected"):
-        integration.FluxProcessor(rounding="eager")
+        integration.patch(model, rounding="downstream")
+    with pytest.raises(ValueError, match="rounding: expected"):
+        integration.FluxProcessor(rounding="A/z")
 
 
 def test_qwen_image_wants_text_and_makes_its_mask() -> None:
@@ -323,12 +334,13 @@ def test_image_tokens_alone(name: str) -> None:
     attn = model.transformer_blocks[0].attn
     if name != "HunyuanVideo":
         attn.added_kv_proj_dim = None
-    outputs = []
-    for _ in range(2):
-        made_ = attn(x, image_rotary_emb=table)
-        outputs.append([made_[0] if isinstance(made_, tuple) else made_])
-        integration.patch(model)
-    assert relative(*outputs) < FP32
+    stock = attn(x, image_rotary_emb=table)
+    integration.patch(model)
+    got = attn(x, image_rotary_emb=table)
+    if name == "HunyuanVideo":
+        (stock, text), (got, ours) = stock, got
+        assert text is None and ours is None
+    assert relative([got], [stock]) < FP32
 
 
 def test_values_stand_for_attention_where_all_is_perturbed() -> None:
@@ -346,6 +358,8 @@ def test_values_stand_for_attention_where_all_is_perturbed() -> None:
     "name", [n if n == "FLUX.2" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
 )
 def test_blocks_compile_without_a_graph_break(name: str) -> None:
+    if name == "LTX-2, perturbed":
+        pytest.skip("diffusers asks the mask's values, which no graph can, stock processor or not")
     model, inputs = made(name)
     stock = run(model, inputs)
     integration.patch(model)

@@ -9,13 +9,15 @@ processor that fits on each attention module, `unpatch` puts the old ones back.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .diffusers_base import Processor, check_rounding
+from ..rounding import Rounding
+from .diffusers_base import ADDED, QK, Processor, check_rounding
 from .diffusers_images import (
     Flux2Processor,
     Flux2SingleProcessor,
@@ -31,11 +33,12 @@ __all__ = [
     "FluxProcessor",
     "HunyuanVideoProcessor",
     "LTX2Processor",
-    "Patched",
     "QwenImageProcessor",
+    "Report",
     "WanProcessor",
     "ZImageProcessor",
     "patch",
+    "patched",
     "unpatch",
 ]
 
@@ -66,77 +69,92 @@ _REFUSED = {
     ),
 }
 _MODELS = "FLUX.1, FLUX.2, Qwen-Image, Z-Image, HunyuanVideo, Wan or LTX-2"
+_NO_NORM = "no norm of Q and K"
 
 
 @dataclass(frozen=True)
-class Patched:
-    """What `patch` did: names of attention modules, and for those left as they were the reason."""
+class Report:
+    """What `patch` did, by the names of attention modules in ``model.named_modules()``.
 
-    modules: tuple[str, ...]
-    left: dict[str, str]
+    ``patched`` says which processor a module has now, ``left`` why one has its own still.
+    """
+
+    patched: Mapping[str, str]
+    left: Mapping[str, str]
 
 
-def patch(transformer: nn.Module, *, rounding: str = "once") -> Patched:
+def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
     """Set qkrope's processor on each attention module of a diffusers transformer that it knows.
 
-    transformer: a model of FLUX.1, FLUX.2, Qwen-Image, Z-Image, HunyuanVideo, Wan or LTX-2, or any
+    model: a transformer of FLUX.1, FLUX.2, Qwen-Image, Z-Image, HunyuanVideo, Wan or LTX-2, or any
     module that holds their attention modules (a ControlNet, one block). Nothing of it changes but
-    the processors; the attention backend and context parallelism that the old ones had stay set.
-    rounding: "once" rounds each element of Q and K once, at the end; "upstream" where the stock
-    chain does, for its bits in bf16 and fp16 but for a few ties.
+    the processors; the attention backend and context parallelism of the old ones stay set.
+    rounding: as in `qkrope.Spec`; "once" is nearest to the exact value, "upstream" rounds where the
+    model's own code does (the same bits but for ties).
 
-    Returns a `Patched`. Modules that are left as they were are in it by name, with the reason; a
-    UserWarning tells of those among them that have a norm of Q and K.
-    Raises TypeError for no module, ValueError where there is nothing to set, and for a rounding
-    that is neither.
+    Returns a `Report`. Modules with a norm of Q and K that are left are named in a UserWarning too.
+    Raises ValueError where a module is patched already, where there is nothing to patch, and for a
+    rounding that there is not; TypeError for something else than a module. Nothing is changed then.
     """
-    _refuse_no_module(transformer)
+    _refuse_no_module(model)
     check_rounding(rounding)
-    made: dict[str, Processor] = {}
+    made: list[tuple[Any, Processor]] = []
+    done: dict[str, str] = {}
     left: dict[str, str] = {}
-    for name, attn in _attention(transformer):
-        stock = attn.processor.stock if isinstance(attn.processor, Processor) else attn.processor
-        found = _fitting(attn, stock, rounding)
+    for name, attn in _attention(model):
+        if isinstance(attn.processor, Processor):
+            raise ValueError(f"model: expected one that is not patched, got {name} patched already")
+        found = _fitting(attn, rounding)
         if isinstance(found, str):
             left[name] = found
         else:
-            made[name] = found
+            made.append((attn, found))
+            done[name] = type(found).__name__
     if not made:
         why = "; ".join(sorted(set(left.values()))) or "no module has an attention processor"
         raise ValueError(
-            f"transformer: expected one with attention modules of {_MODELS}, got "
-            f"{type(transformer).__name__} ({why})"
+            f"model: expected one with attention modules of {_MODELS}, got {type(model).__name__} "
+            f"({why})"
         )
-    for name, processor in made.items():
-        _set(transformer.get_submodule(name), processor)
-    hidden = {name: why for name, why in left.items() if why != _NO_NORM}
-    if hidden:
-        listed = "; ".join(f"{name}: {why}" for name, why in hidden.items())
-        warnings.warn(f"left as they were: {listed}", UserWarning, stacklevel=2)
-    return Patched(tuple(made), left)
+    for attn, processor in made:
+        _set(attn, processor)
+    named: dict[str, list[str]] = {}
+    for name, why in left.items():
+        if why != _NO_NORM:
+            named.setdefault(why, []).append(name)
+    if named:
+        text = "; ".join(f"{', '.join(names)}: {why}" for why, names in named.items())
+        warnings.warn(f"qkrope leaves as they are: {text}", UserWarning, stacklevel=2)
+    return Report(done, left)
 
 
-def unpatch(transformer: nn.Module) -> tuple[str, ...]:
-    """Put back the processors that `patch` replaced, and return the names of their modules.
+def unpatch(model: nn.Module) -> int:
+    """Put back the processors that `patch` replaced; returns how many.
 
-    They are the same objects as before, with the attention backend that is set now. A model
-    without qkrope's processors stays as it is. Raises TypeError for no module.
+    They are the same objects as before, with the attention backend that is set now. Raises
+    TypeError for something else than a module.
     """
-    _refuse_no_module(transformer)
-    names = []
-    for name, attn in _attention(transformer):
-        if isinstance(attn.processor, Processor) and attn.processor.stock is not None:
-            _set(attn, attn.processor.stock)
-            names.append(name)
-    return tuple(names)
+    _refuse_no_module(model)
+    ours = [attn for _, attn in _attention(model) if isinstance(attn.processor, Processor)]
+    ours = [attn for attn in ours if attn.processor.stock is not None]
+    for attn in ours:
+        _set(attn, attn.processor.stock)
+    return len(ours)
 
 
-_NO_NORM = "has no norm of Q and K"
+@contextmanager
+def patched(model: nn.Module, *, rounding: Rounding = "once") -> Iterator[Report]:
+    """`patch` for the length of a ``with`` block, whatever ends it."""
+    report = patch(model, rounding=rounding)
+    try:
+        yield report
+    finally:
+        unpatch(model)
 
 
-def _fitting(attn: Any, stock: Any, rounding: str) -> Processor | str:
+def _fitting(attn: Any, rounding: Rounding) -> Processor | str:
     """Our processor for an attention module, or why there is none."""
-    kind = type(stock)
+    kind = type(attn.processor)
     key = f"{kind.__module__.removeprefix('diffusers.models.transformers.')}.{kind.__name__}"
     if key in _REFUSED:
         return _REFUSED[key]
@@ -144,17 +162,17 @@ def _fitting(attn: Any, stock: Any, rounding: str) -> Processor | str:
         return _NO_NORM
     if key not in _PROCESSORS:
         return f"{kind.__name__} is none of the processors that qkrope knows"
-    for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+    for name in (*QK, *ADDED):
         if hasattr(getattr(attn, name, None), "_hf_hook"):
             return f"{name} is offloaded by a hook, which reading its weight does not call"
     try:
-        return _PROCESSORS[key](attn, rounding=rounding, stock=stock)
+        return _PROCESSORS[key](attn, rounding=rounding, stock=attn.processor)
     except ValueError as error:
         return str(error)
 
 
-def _attention(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in transformer.named_modules():
+def _attention(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
         if hasattr(module, "set_processor") and getattr(module, "processor", None) is not None:
             yield name, module
 
@@ -166,9 +184,8 @@ def _set(attn: Any, processor: Any) -> None:
     attn.set_processor(processor)
 
 
-def _refuse_no_module(transformer: Any) -> None:
-    if not isinstance(transformer, nn.Module):
+def _refuse_no_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
         raise TypeError(
-            f"transformer: expected a torch module, such as pipe.transformer, got "
-            f"{type(transformer).__name__}"
+            f"model: expected a torch module, such as pipe.transformer, got {type(model).__name__}"
         )

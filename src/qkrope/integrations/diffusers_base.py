@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..norm import Norm
 from ..rope import Rope
+from ..rounding import Rounding, canonical_rounding
 from ..spec import Spec
 
 __all__ = [
@@ -70,7 +71,7 @@ class Processor:
     _attention_backend: Any = None
     _parallel_config: Any = None
 
-    def __init__(self, attn: Any = None, *, rounding: str = "once", stock: Any = None) -> None:
+    def __init__(self, attn: Any = None, *, rounding: Rounding = "once", stock: Any = None) -> None:
         check_rounding(rounding)
         self.stock = stock
         self.rounding = rounding
@@ -95,14 +96,14 @@ class Processor:
         found = [_norm(*item, head_dim, attn.heads) for item in zip(names, norms, strict=True)]
         # A side without a norm has no tensor either: Wan's added keys have no queries.
         (q, q_letter), (k, k_letter) = (side or next(s for s in found if s) for side in found)
-        upstream = self.rounding == "upstream"
+        own = (f"{q_letter}/f", f"{k_letter}/f")
         spec = self._specs[key] = Spec(
             *heads,
             head_dim,
             norm=q,
             k_norm=k,
             rope=None if pairing is None else Rope(pairing=pairing),
-            rounding=(f"{q_letter}/f", f"{k_letter}/f") if upstream else "once",
+            rounding=own if self.rounding == "upstream" else self.rounding,
         )
         return spec
 
@@ -198,9 +199,9 @@ class Processor:
 
 
 def check_rounding(rounding: Any) -> None:
-    """Raise ValueError for a rounding that processors do not have."""
-    if rounding not in ("once", "upstream"):
-        raise ValueError(f"rounding: expected 'once' or 'upstream', got {rounding!r}")
+    """Raise ValueError or TypeError for a rounding that is neither a Spec's nor "upstream"."""
+    if rounding != "upstream":
+        canonical_rounding("rounding", rounding)
 
 
 def _facts(norm: Any) -> tuple[Any, ...] | None:
