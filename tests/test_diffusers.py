@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -264,6 +267,17 @@ def test_a_subclass_of_a_stock_processor_is_left() -> None:
     model.transformer_blocks[0].attn.set_processor(Mine())
     with pytest.warns(UserWarning, match="Mine is none of the processors that qkrope knows"):
         assert "transformer_blocks.0.attn" in integration.patch(model).left
+
+
+def test_copies_are_the_same_code() -> None:
+    """One of ours stands in for both, and parity is shown for the one in the model's own file."""
+    sources: dict[tuple[type, str], set[str]] = {}
+    for path, ours in integration._PROCESSORS.items():
+        module, _, name = path.rpartition(".")
+        kind = getattr(importlib.import_module(f"diffusers.models.{module}"), name)
+        sources.setdefault((ours, name), set()).add(ast.dump(ast.parse(inspect.getsource(kind))))
+    assert len(sources) == 9 and len(integration._PROCESSORS) == 12
+    assert all(len(found) == 1 for found in sources.values())
 
 
 def layer_norm(attn: Any) -> None:

@@ -43,27 +43,31 @@ __all__ = [
 ]
 
 # What stands in for a stock processor: by file and class, exactly, since a subclass may do more.
+# Some files hold a copy of another's, which diffusers keeps the same by a tool.
 _PROCESSORS: dict[str, type[Processor]] = {
-    "transformer_flux.FluxAttnProcessor": FluxProcessor,
-    "transformer_flux2.Flux2AttnProcessor": Flux2Processor,
-    "transformer_flux2.Flux2ParallelSelfAttnProcessor": Flux2SingleProcessor,
-    "transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0": HunyuanVideoProcessor,
-    "transformer_ltx2.LTX2AudioVideoAttnProcessor": LTX2Processor,
-    "transformer_ltx2.LTX2PerturbedAttnProcessor": LTX2Processor,
-    "transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0": QwenImageProcessor,
-    "transformer_wan.WanAttnProcessor": WanProcessor,
-    "transformer_z_image.ZSingleStreamAttnProcessor": ZImageProcessor,
+    "transformers.transformer_flux.FluxAttnProcessor": FluxProcessor,
+    "transformers.transformer_flux2.Flux2AttnProcessor": Flux2Processor,
+    "transformers.transformer_flux2.Flux2ParallelSelfAttnProcessor": Flux2SingleProcessor,
+    "transformers.transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0": HunyuanVideoProcessor,
+    "transformers.transformer_ltx2.LTX2AudioVideoAttnProcessor": LTX2Processor,
+    "transformers.transformer_ltx2.LTX2PerturbedAttnProcessor": LTX2Processor,
+    "transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0": QwenImageProcessor,
+    "transformers.transformer_wan.WanAttnProcessor": WanProcessor,
+    "transformers.transformer_wan_animate.WanAttnProcessor": WanProcessor,
+    "transformers.transformer_chronoedit.WanAttnProcessor": WanProcessor,
+    "transformers.transformer_z_image.ZSingleStreamAttnProcessor": ZImageProcessor,
+    "controlnets.controlnet_z_image.ZSingleStreamAttnProcessor": ZImageProcessor,
 }
 # Those that a user could expect here, and what they do that ours do not.
 _REFUSED = {
-    "transformer_flux.FluxIPAdapterAttnProcessor": (
+    "transformers.transformer_flux.FluxIPAdapterAttnProcessor": (
         "FluxIPAdapterAttnProcessor attends to images with queries that are normalised and not "
         "rotated, and has weights of its own"
     ),
-    "transformer_flux2.Flux2KVAttnProcessor": (
+    "transformers.transformer_flux2.Flux2KVAttnProcessor": (
         "Flux2KVAttnProcessor keeps keys and values of reference images from one step to the next"
     ),
-    "transformer_flux2.Flux2KVParallelSelfAttnProcessor": (
+    "transformers.transformer_flux2.Flux2KVParallelSelfAttnProcessor": (
         "Flux2KVParallelSelfAttnProcessor keeps keys and values of reference images from one step "
         "to the next"
     ),
@@ -155,7 +159,7 @@ def patched(model: nn.Module, *, rounding: Rounding = "once") -> Iterator[Report
 def _fitting(attn: Any, rounding: Rounding) -> Processor | str:
     """Our processor for an attention module, or why there is none."""
     kind = type(attn.processor)
-    key = f"{kind.__module__.removeprefix('diffusers.models.transformers.')}.{kind.__name__}"
+    key = f"{kind.__module__.removeprefix('diffusers.models.')}.{kind.__name__}"
     if key in _REFUSED:
         return _REFUSED[key]
     if getattr(attn, "norm_q", None) is None and getattr(attn, "norm_k", None) is None:
