@@ -108,4 +108,4 @@ def test_the_peers_table() -> None:
     )
     assert "liger: not installed." in text and "sglang: no (FLUX.1)." in text
     marked = "<!-- bench:peers -->\nstale\n<!-- /bench:peers -->\n"
-    assert text in tables.rewrite(marked, [first, second, later])
+    assert text in tables.rewrite(marked, [], peers=[first, second, later])

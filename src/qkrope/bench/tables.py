@@ -161,11 +161,16 @@ def render_models() -> str:
     return "\n".join([*lines, "", count, ""])
 
 
-def rewrite(text: str, found: Sequence[Record], bars: Sequence[dict[str, Any]] = ()) -> str:
+def rewrite(
+    text: str,
+    found: Sequence[Record],
+    bars: Sequence[dict[str, Any]] = (),
+    peers: Sequence[Record] = (),
+) -> str:
     """The text with every marked table replaced; ValueError for a marker without its end."""
     tables: dict[str, Callable[[], str]] = {
         **{f"bench:{kind}": partial(render, found, kind) for kind in KINDS},
-        "bench:peers": partial(render_peers, found),
+        "bench:peers": partial(render_peers, peers),
         "bench:bars": partial(render_bars, bars),
         "models": render_models,
     }
@@ -193,14 +198,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.results.is_dir():
         print(f"--results: {args.results} is not a folder", file=sys.stderr)
         return 2
-    found = [r for path in sorted(args.results.glob("*.jsonl")) for r in records.read(path)]
+    found, peers = (
+        [r for path in sorted(args.results.glob(pattern)) for r in records.read(path)]
+        for pattern in ("*.jsonl", "peers/*.jsonl")
+    )
     bars = [
         json.loads(line)
         for path in sorted((args.results / "bars").glob("*.jsonl"))
         for line in path.read_text().splitlines()
     ]
     old = args.file.read_text()
-    new = rewrite(old, found, bars)
+    new = rewrite(old, found, bars, peers)
     if new == old:
         return 0
     if args.check:
