@@ -1,7 +1,11 @@
-"""Small diffusion transformers of diffusers with random weights, and inputs for them."""
+"""Small diffusion transformers of diffusers with random weights, and inputs for them.
+
+Run as a program it prints the table of docs/integrations/diffusers.md.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -276,3 +280,32 @@ def relative(got: list[Tensor], expected: list[Tensor]) -> float:
 
 def equal(got: list[Tensor], expected: list[Tensor]) -> bool:
     return all(a.equal(b) for a, b in zip(got, expected, strict=True))
+
+
+def figures(name: str) -> tuple[float, float, float, bool]:
+    """What patching changes: float32; bf16's error before and after; are its bits upstream's?
+
+    Errors of bf16 are against the same weights and inputs in float32.
+    """
+    from qkrope.integrations.diffusers import patched
+
+    with torch.no_grad():
+        model, inputs = made(name)
+        stock = run(model, inputs)
+        with patched(model):
+            single = relative(run(model, inputs), stock)
+        model, inputs = made(name, torch.bfloat16)
+        wide = run(copy.deepcopy(model).float(), cast(inputs, torch.float32, "cpu"))
+        stock = run(model, inputs)
+        with patched(model):
+            ours = relative(run(model, inputs), wide)
+        with patched(model, rounding="upstream"):
+            same = equal(run(model, inputs), stock)
+    return single, relative(stock, wide), ours, same
+
+
+if __name__ == "__main__":
+    for name in MODELS:
+        single, before, after, same = figures(name)
+        bits = "the same" if same else "others"
+        print(f"| {name} | {single:.1e} | {before:.1e} | {after:.1e} | {bits} |")

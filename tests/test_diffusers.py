@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers", reason="diffusers is not installed here")
 
-from diffusers_models import FP32, MODELS, cast, equal, made, relative, run
+from diffusers_models import FP32, MODELS, cast, equal, figures, made, relative, run
 from qkrope import ops
 from qkrope.integrations import diffusers as integration
 from qkrope.integrations import diffusers_base
@@ -35,6 +36,20 @@ def test_float32(name: str, device: str) -> None:
     stock = run(model, inputs)
     integration.patch(model)
     assert 0 < relative(run(model, inputs), stock) < FP32
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_documents_table(name: str) -> None:
+    """Figures that another machine's matrix products change a little, and no more."""
+    text = (Path(__file__).parent.parent / "docs/integrations/diffusers.md").read_text()
+    table = text.partition("<!-- parity -->")[2].partition("<!-- /parity -->")[0]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.split("\n")[3:-1]]
+    assert [row[0] for row in rows] == list(MODELS)
+    (row,) = (row for row in rows if row[0] == name)
+    *errors, same = figures(name)
+    for stated, found in zip(row[1:4], errors, strict=True):
+        assert found / 2 < float(stated) < found * 2
+    assert (row[4] == "the same") is same
 
 
 @pytest.mark.parametrize("name", MODELS)
