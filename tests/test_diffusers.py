@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers", reason="diffusers is not installed here")
 
-from diffusers_models import FP32, MODELS, cast, equal, figures, made, relative, run
+from diffusers.models.normalization import RMSNorm
+
+from diffusers_models import FP32, MODELS, D, cast, equal, figures, made, relative, run
 from qkrope import ops
 from qkrope.integrations import diffusers as integration
 from qkrope.integrations import diffusers_base
@@ -148,6 +150,33 @@ def test_qwen_image_wants_text_and_makes_its_mask() -> None:
         attn(x)
     with pytest.raises(ValueError, match="attention_mask: expected None"):
         attn(x, encoder_hidden_states=x, attention_mask=torch.ones(1, 6))
+
+
+def without_weight(attn: Any) -> None:
+    attn.norm_q = RMSNorm(D, eps=1e-3, elementwise_affine=False)
+
+
+def with_bias(attn: Any) -> None:
+    attn.norm_k = RMSNorm(D, eps=1e-3, bias=True)
+    nn.init.normal_(attn.norm_k.bias)
+
+
+def without_norm(attn: Any) -> None:
+    attn.norm_k = None
+
+
+@pytest.mark.parametrize("change", [without_weight, with_bias, without_norm])
+@pytest.mark.parametrize("rounding", ["once", "upstream"])
+def test_norms_of_other_forms(change: Callable[[Any], None], rounding: str) -> None:
+    dtype = torch.float32 if rounding == "once" else torch.bfloat16
+    model, inputs = made("Z-Image", dtype)
+    for layer in model.layers:
+        change(layer.attention)
+    model.to(dtype)
+    stock = run(model, inputs)
+    integration.patch(model, rounding=rounding)
+    got = run(model, inputs)
+    assert relative(got, stock) < FP32 if rounding == "once" else equal(got, stock)
 
 
 @pytest.mark.parametrize("name", ["FLUX.1", "FLUX.2", "HunyuanVideo"])

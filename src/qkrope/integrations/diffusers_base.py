@@ -94,8 +94,7 @@ class Processor:
         if (spec := self._specs.get(key)) is not None:
             return spec
         found = [_norm(*item, head_dim, attn.heads) for item in zip(names, norms, strict=True)]
-        # A side without a norm has no tensor either: Wan's added keys have no queries.
-        (q, q_letter), (k, k_letter) = (side or next(s for s in found if s) for side in found)
+        (q, q_letter), (k, k_letter) = found
         own = (f"{q_letter}/f", f"{k_letter}/f")
         spec = self._specs[key] = Spec(
             *heads,
@@ -126,62 +125,53 @@ class Processor:
             return self.heads_of(attn, *getattr(attn, packed)(x).chunk(len(names), dim=-1))
         return self.heads_of(attn, *[getattr(attn, name)(x) for name in names])
 
-    def turned(self, attn: Any, part: Part, out: Any = None) -> tuple[Any, Any]:
-        """Q and K of a part, normalised and rotated: into ``out``, or in place.
+    def turned(self, attn: Any, part: Part) -> tuple[Any, Any]:
+        """Q and K of a part, normalised and rotated: in place, or new tensors with gradients.
 
-        With gradients they are new tensors. A side that is None stays None.
+        A side that is None stays None.
         """
         args, extras = self._call(attn, part)
-        if self._needs_grad(attn, part):
+        if _needs_grad(args, extras):
             q, k = ops.qk_norm_rope(*args, **extras)
             return q, k
-        if out is None:
-            ops.qk_norm_rope_(*args, **extras)
-            return part.q, part.k
-        ops.qk_norm_rope(*args, **extras, out=out)
-        return out
+        ops.qk_norm_rope_(*args, **extras)
+        return part.q, part.k
 
     def joint(self, attn: Any, *parts: Part) -> tuple[Tensor, Tensor, Tensor]:
         """Q, K and V of the tokens of several parts, in order.
 
         Without gradients each part is written straight to its place, and only V is concatenated.
         """
+        calls = [self._call(attn, part) for part in parts]
         v = torch.cat([part.v for part in parts], dim=1)
-        if any(self._needs_grad(attn, part) for part in parts):
-            made = [self.turned(attn, part) for part in parts]
+        if any(_needs_grad(*call) for call in calls):
+            made = [ops.qk_norm_rope(*args, **extras) for args, extras in calls]
             q, k = (torch.cat(side, dim=1) for side in zip(*made, strict=True))
             return q, k, v
         q, k = v.new_empty(v.shape), v.new_empty(v.shape)
         start = 0
-        for part in parts:
+        for part, (args, extras) in zip(parts, calls, strict=True):
             stop = start + part.v.shape[1]
-            self.turned(attn, part, out=(q[:, start:stop], k[:, start:stop]))
+            ops.qk_norm_rope(*args, **extras, out=(q[:, start:stop], k[:, start:stop]))
             start = stop
         return q, k, v
 
     def _call(self, attn: Any, part: Part) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments and keywords of `qkrope.qk_norm_rope` for a part."""
         q, k = part.q, part.k
         heads = (k if q is None else q).shape[2], (q if k is None else k).shape[2]
         pairing = None if part.table is None else self.pairing_of(attn)
         spec = self._spec(attn, part.norms, heads, pairing)
         q_norm, k_norm = (getattr(attn, name, None) for name in part.norms)
-        extras: dict[str, Any] = {}
-        if part.table is not None:
-            extras["cos_sin"] = part.table
-        if part.rotate_to is not None:
-            extras["rotate_to"] = part.rotate_to
-        for name, norm in (("q_bias", q_norm), ("k_bias", k_norm)):
-            if (bias := getattr(norm, "bias", None)) is not None:
-                extras[name] = bias
+        extras = {
+            "cos_sin": part.table,
+            "rotate_to": part.rotate_to,
+            "q_bias": getattr(q_norm, "bias", None),
+            "k_bias": getattr(k_norm, "bias", None),
+        }
         weights = getattr(q_norm, "weight", None), getattr(k_norm, "weight", None)
-        return (q, k, *weights, None, spec), extras
-
-    @staticmethod
-    def _needs_grad(attn: Any, part: Part) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        weights = [getattr(getattr(attn, name, None), "weight", None) for name in part.norms]
-        return any(x is not None and x.requires_grad for x in (part.q, part.k, *weights))
+        given = {name: value for name, value in extras.items() if value is not None}
+        return (q, k, *weights, None, spec), given
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, parallel: bool = True
@@ -204,6 +194,12 @@ def check_rounding(rounding: Any) -> None:
         canonical_rounding("rounding", rounding)
 
 
+def _needs_grad(args: tuple[Any, ...], extras: dict[str, Any]) -> bool:
+    """Whether a call's results have gradients: no place may be given for them then."""
+    given = (*args[:4], extras.get("q_bias"), extras.get("k_bias"))
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
 def _facts(norm: Any) -> tuple[Any, ...] | None:
     """What of a norm module a Spec depends on."""
     if norm is None:
@@ -213,10 +209,10 @@ def _facts(norm: Any) -> tuple[Any, ...] | None:
     return kind.__module__, kind.__name__, getattr(norm, "eps", None), shape
 
 
-def _norm(name: str, norm: Any, head_dim: int, heads: int) -> tuple[Norm, str] | None:
+def _norm(name: str, norm: Any, head_dim: int, heads: int) -> tuple[Norm, str]:
     """A norm module as a value, and the letter of its rounding."""
     if (facts := _facts(norm)) is None:
-        return None
+        return Norm("none"), "B"
     module, kind, eps, shape = facts
     if module not in _LETTERS or kind != "RMSNorm":
         raise ValueError(f"{name}: expected an RMSNorm of torch or diffusers, got {kind}")
