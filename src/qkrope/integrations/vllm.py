@@ -67,7 +67,7 @@ def install() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
         for key in ("CUDA", "CPU"):
-            library.impl(_NAME, fused_qk_norm_rope, key)
+            library.impl(_NAME, fused_qk_norm_rope, key, allow_override=True)
     _libraries.append(library)
 
 
