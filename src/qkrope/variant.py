@@ -127,7 +127,8 @@ class Variant:
         if not self.vector_bytes:
             return ("scalar",)
         if self.options is not None and self.options.has_rows:
-            return ("vector1", "scalar")
+            simple = self.options.simple_rows and self.lane_units == 1
+            return ("vector1", *(("vector2",) if simple else ()), "scalar")
         if self.options is not None:
             return ("vector1", "vector4" if self.lane_units == 1 else "vector2", "scalar")
         return ("vector1", "vector2", *(("vector4",) if self.lane_units == 1 else ()), "scalar")
@@ -166,6 +167,7 @@ class Variant:
             for name in ("Q_NORM", "K_NORM", "Q_WEIGHT", "K_WEIGHT"):
                 del values[name]
             values |= self.options.macros(self.rotary_dim, self.pairing)
+            values["SIMPLE_ROWS"] = int(self.options.has_rows and "vector2" in self.kernels)
         return "".join(f"#define QK_{name} {value}\n" for name, value in values.items())
 
 

@@ -18,7 +18,15 @@ SCHEMA = 1
 STANDARD = "c++17"
 _COMMON = ("params.h", "math.h", "ptx.cuh", "lanes.cuh")
 _PLAIN = (*_COMMON, "rows.cuh", "turns.cuh", "kernel.cu")
-_GENERAL = (*_COMMON, "channels.cuh", "options.cuh", "angles.cuh", "general.cu")
+_GENERAL = (
+    *_COMMON,
+    "channels.cuh",
+    "options.cuh",
+    "angles.cuh",
+    "heads.cuh",
+    "team.cuh",
+    "general.cu",
+)
 _COMPILERS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 _INSTALL = "pip install qkrope[cuda]"
 

@@ -211,5 +211,8 @@ typedef struct {
 // Norms of whole rows: heads a group of lanes holds at once, and warps that a token has at most.
 #define QK_TEAM_ROWS(head_dim) (4 / QK_LANE_UNITS(head_dim))
 #define QK_TEAM_WARPS(head_dim) (QK_LANE_UNITS(head_dim) <= 2 ? 16 : 8)
+// The same of the fast kernel of such norms, for elements of so many bytes.
+#define QK_FAST_TEAM_ROWS(head_dim, size) (QK_LANE_UNITS(head_dim) * (size) <= 2 ? 2 : 1)
+#define QK_FAST_TEAM_WARPS 28
 
 #endif
