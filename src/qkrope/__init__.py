@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what _LAZY finds, for type checkers, editors and the docume
     from .compat import can_use_fused_qk_norm_rope, fused_qk_norm_rope, fused_qk_norm_rope_out
     from .grid import grid_positions
     from .groups import Group
+    from .module import QKNormRope
     from .ops import qk_norm_rope, qk_norm_rope_, qkv_norm_rope_, warmup
     from .ops_groups import norm_rope_groups_
 
