@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,26 +16,10 @@ import transformers
 from torch import Tensor, nn
 
 from qkrope.integrations.transformers import Report, patch, patched, unpatch
-from transformers_models import FAMILIES, causal, generate, prompt, watched_calls
+from transformers_models import NAMED, OTHERS, generate, model_of, prompt, watched_calls
 from transformers_vl import qwen3_vl
 
-BY_ID = {family.id: family for family in FAMILIES}
-NAMED = (  # issue 5 names these; Qwen3-VL has a test of its own
-    *("qwen3", "qwen3_moe", "qwen3_next", "gemma3_text", "olmo2", "olmo3", "glm4_moe", "exaone4"),
-    *("hunyuan_v1_dense", "hunyuan_v1_moe", "lfm2", "minimax_m2"),
-)
-WITH_TOKENS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-SILENT = ("qwen4_exp_text-partial",)  # with these weights it says one token, whatever it attends to
-OTHERS = [f.id for f in FAMILIES if f.model_type in WITH_TOKENS and f.id not in (*NAMED, *SILENT)]
 pytestmark = pytest.mark.filterwarnings("ignore:qkrope leaves as they are")
-
-
-def model_of(name: str, layers: int = 0) -> nn.Module:
-    """A small model with a head, in float32."""
-    family = BY_ID[name]
-    if layers:
-        family = replace(family, fields={**family.fields, "num_hidden_layers": layers})
-    return causal(family)
 
 
 def logits(model: nn.Module, device: str = "cpu") -> Tensor:

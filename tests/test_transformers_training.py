@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qkrope.integrations.transformers import patched
-from test_transformers import NAMED, OTHERS, model_of
-from transformers_models import watched_calls
+from transformers_models import NAMED, OTHERS, model_of, watched_calls
 
 STEPS, SHORT = 50, ("qwen3", "gemma3_text", "olmo2", "hunyuan_v1_dense")
 pytestmark = pytest.mark.filterwarnings("ignore:qkrope leaves as they are")
@@ -130,6 +129,7 @@ def test_gradients(name: str) -> None:
         assert float((got[key] - grad).abs().max()) <= 1e-4 * float(grad.abs().max()), key
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # so is 5.17's
 def test_gradient_checkpointing() -> None:
     model = model_of("qwen3", layers=2).train()
     with patched(model):
