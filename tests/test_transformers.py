@@ -126,6 +126,19 @@ def test_compile(name: str) -> None:
     torch.compiler.reset()
 
 
+def test_a_compiled_model_follows() -> None:
+    """Patched and unpatched after it was compiled."""
+    model = model_of("qwen3")
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    want = logits(compiled)
+    with patched(model):
+        assert torch.equal(logits(compiled), logits(model))
+        assert not torch.equal(logits(compiled), want)
+    assert torch.equal(logits(compiled), want)
+    torch.compiler.reset()
+
+
 def test_two_models_side_by_side() -> None:
     """Nothing of the class changes."""
     model, other = model_of("qwen3"), model_of("qwen3")
