@@ -93,7 +93,14 @@ def small(family: Family, dtype: torch.dtype, device: str) -> nn.Module:
     modules = modules_of(family, model)
     head_dim = getattr(modules[0], "head_dim", None) or modules[0].qk_head_dim
     randomize(model, modules, head_dim)
-    return model.to(device, dtype)
+    return plain_experts(model).to(device, dtype)
+
+
+def plain_experts(model: nn.Module) -> nn.Module:
+    """Experts one by one: grouped products ask for wider matrices than these on some devices."""
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        model.set_experts_implementation("eager")
+    return model
 
 
 def attend(family: Family, model: nn.Module) -> tuple[list[Seen], Tensor]:
@@ -110,7 +117,8 @@ def attend(family: Family, model: nn.Module) -> tuple[list[Seen], Tensor]:
     try:
         with torch.no_grad(), captured(seen):
             if family.forward is not None:
-                family.forward(model, ids, positions)
+                with torch.device(device):  # of the states that some of them make
+                    family.forward(model, ids, positions)
             else:
                 model(input_ids=ids, position_ids=positions, use_cache=False)
     finally:
@@ -162,7 +170,7 @@ def causal(family: Family, attention: str = "sdpa") -> nn.Module:
         model = make(config, attn_implementation=attention)
     except ValueError:  # it has no sdpa
         model = make(config, attn_implementation="eager")
-    return scattered(model.float().eval())
+    return scattered(plain_experts(model).float().eval())
 
 
 def model_of(name: str, layers: int = 0) -> nn.Module:
