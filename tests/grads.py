@@ -12,7 +12,7 @@ import qkrope
 from cases import ROW_SCALES, Call, Guarded, Recipe, assert_criterion, guarded
 from checks import fraction_correctly_rounded
 from qkrope import reference_grad
-from qkrope.ops_backward import NAMES
+from qkrope.extras import NAMES
 
 __all__ = ["NAMES", "Gradients"]
 
@@ -32,13 +32,13 @@ class Gradients:
     ) -> None:
         self.call: Call = recipe.make(device)
         self.inputs = (self.call.q, self.call.k, self.call.extras.get("v"))
-        draw = torch.Generator().manual_seed(recipe.seed + 1000)
         self.buffers: list[Guarded] = []
         self.dy: list[Tensor | None] = []
         for side, x in zip("qkv", self.inputs, strict=True):
             if x is None:
                 self.dy.append(None)
                 continue
+            draw = torch.Generator().manual_seed(recipe.seed + 1000 + ord(side))
             *lead, heads, dim = x.shape
             size = torch.arange(x.numel() // dim).view(*lead, heads, 1) % len(ROW_SCALES)
             data = torch.randn(x.shape, generator=draw) * torch.tensor(ROW_SCALES)[size]

@@ -187,7 +187,9 @@ def qk_norm_rope(
     out: (q_out, k_out), and v_out with v, of the inputs' shapes and dtype, separate from every
     input or the input itself.
 
-    Returns (q, k), or (q, k, v) where v is given.
+    Returns (q, k), or (q, k, v) where v is given; differentiable (once) in q, k, v, their weights
+    and biases, see ``qkrope.ops_backward``. A gradient has the dtype of what it is of. Nothing but
+    the inputs is kept. Under autocast the inputs are taken as they are.
     Raises TypeError and ValueError naming argument, expected and got, before anything is written;
     CompileError where the kernel cannot be built.
     """

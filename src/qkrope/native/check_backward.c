@@ -102,8 +102,14 @@ int qk_check_gradient(const qk_call* c, const operands* o, int side, int dtype, 
 // The rows of partial sums, sum after sum. Sums, workspace and what the gradients go to are the
 // op's own allocations, so that only what a caller gives is checked for shared memory.
 int qk_check_workspace(const qk_call* c, const operands* o, qk_checked* out) {
+  static const char* names[][2] = {{"dq_out", "q"}, {"dk_out", "k"}, {"dv_out", "v"}};
+  const DLTensor* dy[] = {c->q_dy, c->k_dy, c->v_dy};
   qk_view v;
   long long columns = 0, needed = 0;
+  for (int i = 0; i < SIDES; ++i)
+    if (dy[i] && !o->has[i])
+      return qk_raise("ValueError", "%s: expected None, since %s is None, got a tensor",
+                      names[i][0], names[i][1]);
   for (int i = 0; i < out->num_parts; ++i) {
     const qk_side_grads* sides[] = {&out->grads[i].q, &out->grads[i].k, &out->grads[i].v};
     const long long rows = qk_partials(c->plan, out->part[i].tokens, 0);
