@@ -97,6 +97,18 @@ def test_attention_functions_stay_selectable(name: str) -> None:
         assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
 
 
+def test_attentions_and_hidden_states_are_still_given() -> None:
+    model, keywords = model_of("qwen3"), {"output_attentions": True, "output_hidden_states": True}
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = model(**prompt("cpu"), **keywords)
+        with patched(model):
+            got = model(**prompt("cpu"), **keywords)
+    for name in ("attentions", "hidden_states"):
+        for y, x in zip(getattr(got, name), getattr(want, name), strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-5)
+
+
 def test_static_cache() -> None:
     model = model_of("qwen3")
     want = generate(model, {**prompt("cpu"), "cache_implementation": "static"}, 8)
@@ -265,6 +277,8 @@ def test_nothing_to_patch() -> None:
         patch(transformers.GPTNeoXModel(config))
     with pytest.raises(TypeError, match="^model: expected a torch module, got str"):
         patch("Qwen/Qwen3-8B")
+    with pytest.raises(ValueError, match='^rounding: expected "once"'):
+        patch(model_of("qwen3"), rounding="bf16")
 
 
 class Doubled(nn.Module):
