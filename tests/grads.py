@@ -12,7 +12,7 @@ import qkrope
 from cases import ROW_SCALES, Call, Guarded, Recipe, assert_criterion, guarded
 from checks import fraction_correctly_rounded
 from qkrope import reference_grad
-from qkrope.ops_backward import NAMES
+from qkrope.extras import NAMES
 
 __all__ = ["NAMES", "Gradients"]
 

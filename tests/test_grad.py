@@ -325,6 +325,7 @@ def backward_args() -> dict[str, object]:
         ({"dq_out": torch.zeros(3, 5, 46).bfloat16()}, ValueError, "dq_out: expected shape"),
         ({"dk_out": torch.zeros(4, 2, 48).bfloat16()}, ValueError, "dk_out: expected shape"),
         ({"q": None}, ValueError, "dq_out: expected None, since q is None"),
+        ({"dq_out": None, "dk_out": None}, ValueError, "dq_out, dk_out, dv_out: expected a tensor"),
         ({"dv_out": torch.zeros(3, 2, 48)}, ValueError, "dv_out: expected None, since v is None"),
         ({"positions": None}, ValueError, "positions: expected"),
         ({"q_weight": torch.zeros(9)}, ValueError, "q_weight: expected shape"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,26 +16,10 @@ import transformers
 from torch import Tensor, nn
 
 from qkrope.integrations.transformers import Report, patch, patched, unpatch
-from transformers_models import FAMILIES, causal, generate, prompt, watched_calls
+from transformers_models import NAMED, OTHERS, generate, model_of, prompt, watched_calls
 from transformers_vl import qwen3_vl
 
-BY_ID = {family.id: family for family in FAMILIES}
-NAMED = (  # issue 5 names these; Qwen3-VL has a test of its own
-    *("qwen3", "qwen3_moe", "qwen3_next", "gemma3_text", "olmo2", "olmo3", "glm4_moe", "exaone4"),
-    *("hunyuan_v1_dense", "hunyuan_v1_moe", "lfm2", "minimax_m2"),
-)
-WITH_TOKENS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-SILENT = ("qwen4_exp_text-partial",)  # with these weights it says one token, whatever it attends to
-OTHERS = [f.id for f in FAMILIES if f.model_type in WITH_TOKENS and f.id not in (*NAMED, *SILENT)]
 pytestmark = pytest.mark.filterwarnings("ignore:qkrope leaves as they are")
-
-
-def model_of(name: str, layers: int = 0) -> nn.Module:
-    """A small model with a head, in float32."""
-    family = BY_ID[name]
-    if layers:
-        family = replace(family, fields={**family.fields, "num_hidden_layers": layers})
-    return causal(family)
 
 
 def logits(model: nn.Module, device: str = "cpu") -> Tensor:
@@ -114,6 +97,18 @@ def test_attention_functions_stay_selectable(name: str) -> None:
         assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
 
 
+def test_attentions_and_hidden_states_are_still_given() -> None:
+    model, keywords = model_of("qwen3"), {"output_attentions": True, "output_hidden_states": True}
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = model(**prompt("cpu"), **keywords)
+        with patched(model):
+            got = model(**prompt("cpu"), **keywords)
+    for name in ("attentions", "hidden_states"):
+        for y, x in zip(getattr(got, name), getattr(want, name), strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-5)
+
+
 def test_static_cache() -> None:
     model = model_of("qwen3")
     want = generate(model, {**prompt("cpu"), "cache_implementation": "static"}, 8)
@@ -140,6 +135,19 @@ def test_compile(name: str) -> None:
     assert torch.equal(got, want)
     calls = sum(text.count(",") + 1 for text in report.patched.values())
     assert nodes.count("qkrope.qk_norm_rope.default") == calls
+    torch.compiler.reset()
+
+
+def test_a_compiled_model_follows() -> None:
+    """Patched and unpatched after it was compiled."""
+    model = model_of("qwen3")
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    want = logits(compiled)
+    with patched(model):
+        assert torch.equal(logits(compiled), logits(model))
+        assert not torch.equal(logits(compiled), want)
+    assert torch.equal(logits(compiled), want)
     torch.compiler.reset()
 
 
@@ -269,6 +277,8 @@ def test_nothing_to_patch() -> None:
         patch(transformers.GPTNeoXModel(config))
     with pytest.raises(TypeError, match="^model: expected a torch module, got str"):
         patch("Qwen/Qwen3-8B")
+    with pytest.raises(ValueError, match='^rounding: expected "once"'):
+        patch(model_of("qwen3"), rounding="bf16")
 
 
 class Doubled(nn.Module):

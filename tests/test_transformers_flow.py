@@ -288,7 +288,15 @@ def test_what_cannot_be_read_is_refused() -> None:
     class NoSource(Attention):
         forward = eval("lambda self, x, position_embeddings: x")
 
+    class Changed(Attention):
+        """As where a file was edited after its import."""
+
+        def forward(self, x, position_embeddings, cache=None):
+            return x
+
+    Changed.forward.__code__ = Changed.forward.__code__.replace(co_names=("gone",))
     for kind, reason in (
+        (Changed, "is not what runs"),
         (Decorated, "its forward is"),
         (Closed, "no plain function"),
         (NoSource, "source of its forward|its forward is"),

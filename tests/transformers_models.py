@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
 
 from qkrope.integrations import transformers_plan
 from upstream import Seen, randomize
@@ -57,6 +58,14 @@ SHARE = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5
 M2 = {"head_dim": 16, "rope_parameters": SHARE}
 KNOWN = [replace(f, fields=M2) if f.model_type == "minimax_m2" else f for f in [*PLAIN, *LATENT]]
 FAMILIES = [*KNOWN, *MORE]
+BY_ID = {family.id: family for family in FAMILIES}
+NAMED = (  # issue 5 names these; Qwen3-VL has a test of its own
+    *("qwen3", "qwen3_moe", "qwen3_next", "gemma3_text", "olmo2", "olmo3", "glm4_moe", "exaone4"),
+    *("hunyuan_v1_dense", "hunyuan_v1_moe", "lfm2", "minimax_m2"),
+)
+WITH_TOKENS = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+SILENT = ("qwen4_exp_text-partial",)  # with these weights it says one token, whatever it attends to
+OTHERS = [f.id for f in FAMILIES if f.model_type in WITH_TOKENS and f.id not in (*NAMED, *SILENT)]
 # What the older transformers of a machine does differently; rounding="upstream" is of 5.23.
 OLDER = {"deepseek_v4": "casts"}
 
@@ -84,7 +93,14 @@ def small(family: Family, dtype: torch.dtype, device: str) -> nn.Module:
     modules = modules_of(family, model)
     head_dim = getattr(modules[0], "head_dim", None) or modules[0].qk_head_dim
     randomize(model, modules, head_dim)
-    return model.to(device, dtype)
+    return plain_experts(model).to(device, dtype)
+
+
+def plain_experts(model: nn.Module) -> nn.Module:
+    """Experts one by one: grouped products ask for wider matrices than these on some devices."""
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        model.set_experts_implementation("eager")
+    return model
 
 
 def attend(family: Family, model: nn.Module) -> tuple[list[Seen], Tensor]:
@@ -101,7 +117,8 @@ def attend(family: Family, model: nn.Module) -> tuple[list[Seen], Tensor]:
     try:
         with torch.no_grad(), captured(seen):
             if family.forward is not None:
-                family.forward(model, ids, positions)
+                with torch.device(device):  # of the states that some of them make
+                    family.forward(model, ids, positions)
             else:
                 model(input_ids=ids, position_ids=positions, use_cache=False)
     finally:
@@ -153,7 +170,15 @@ def causal(family: Family, attention: str = "sdpa") -> nn.Module:
         model = make(config, attn_implementation=attention)
     except ValueError:  # it has no sdpa
         model = make(config, attn_implementation="eager")
-    return scattered(model.float().eval())
+    return scattered(plain_experts(model).float().eval())
+
+
+def model_of(name: str, layers: int = 0) -> nn.Module:
+    """A small model with a head, in float32."""
+    family = BY_ID[name]
+    if layers:
+        family = replace(family, fields={**family.fields, "num_hidden_layers": layers})
+    return causal(family)
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int = 64) -> Tensor:

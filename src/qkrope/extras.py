@@ -11,7 +11,7 @@ from .plan import refuse_no_spec
 from .scaling import MAX_LENGTH
 from .spec import Spec
 
-__all__ = ["GRADIENTS", "OPERANDS", "PLAIN", "Angles", "Extras", "native_operands", "pair"]
+__all__ = ["GRADIENTS", "NAMES", "OPERANDS", "PLAIN", "Angles", "Extras", "native_operands", "pair"]
 
 Tensor = torch.Tensor
 CosSin = tuple[Tensor, Tensor]
@@ -51,7 +51,9 @@ OPERANDS = (
     *("q_bias", "k_bias", "k cos", "k sin", "v", "v_weight", "out[2]", "q_scale", "k_scale"),
     *("rotate_from", "rotate_to"),
 )
-# And after these where it is a backward.
+# What a call has gradients of.
+NAMES = ("q", "k", "v", "q_weight", "k_weight", "v_weight", "q_bias", "k_bias")
+# And what native code takes after those where it is a backward.
 GRADIENTS = (
     *("dq_out", "dk_out", "dv_out", "dq_weight", "dk_weight", "dv_weight", "dq_bias", "dk_bias"),
     "workspace",

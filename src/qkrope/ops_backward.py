@@ -20,14 +20,12 @@ from typing import Any
 import torch
 
 from . import _native, cpu, ops
-from .extras import Tensor
+from .extras import NAMES, Tensor
 from .plan import Plan
 from .spec import Spec
 
 __all__ = ["NAMES", "qk_norm_rope_backward"]
 
-# What has a gradient.
-NAMES = ("q", "k", "v", "q_weight", "k_weight", "v_weight", "q_bias", "k_bias")
 # The operands of a call by their places, as native code has them when they are not given.
 _ABSENT = [*(None,) * 22, 0, -1]
 
@@ -57,6 +55,8 @@ def qk_norm_rope_backward(
     Raises TypeError and ValueError naming argument, expected and got.
     """
     grads = (dq_out, dk_out, dv_out)
+    if all(g is None for g in grads):
+        raise ValueError("dq_out, dk_out, dv_out: expected a tensor for at least one, got None")
     given = (q, k, extras.pop("v", None))
     q, k, v = x = [None if g is None else t for t, g in zip(given, grads, strict=True)]
     dy = [None if g is None else _rows(g) for g in grads]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .accuracy import GRADIENT_UNITS, sum_units
-from .ops_backward import NAMES
+from .extras import NAMES
 from .reference_angles import Positions
 from .reference_side import Extras, Side, Span, sides
 from .reference_steps import each_span, effective_weight, pair_sizes, rotate, statistics

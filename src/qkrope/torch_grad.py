@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import ops
-from .ops_backward import NAMES
+from .extras import NAMES
 
 __all__ = ["TENSORS", "apply", "autograd_kernel", "backward_op"]
 

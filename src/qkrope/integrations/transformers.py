@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qkrope.config import FAMILIES
-from qkrope.rounding import Rounding
+from qkrope.rounding import Rounding, canonical_rounding
 
 from .transformers_flow import Refused, is_ours, rewrite, rotations
 from .transformers_layer import Layer, plan_of
@@ -66,11 +66,14 @@ def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
     casts of the model's own code (the same bits but for ties), "eager" those of Llama's.
 
     Returns a `Report`. Modules of text families that are left are named in a UserWarning too.
-    Raises ValueError where a module is patched already, or where there is nothing to patch;
-    TypeError for something else than a module. Until all is planned nothing is changed.
+    Raises ValueError where a module is patched already, or where there is nothing to patch, and for
+    a rounding that is none; TypeError for something else than a module. Until all is planned
+    nothing is changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+    if rounding != "upstream":
+        canonical_rounding("rounding", rounding)
     plans: list[tuple[nn.Module, Plan, FunctionType]] = []
     done: dict[str, str] = {}
     left: dict[str, str] = {}

@@ -16,7 +16,7 @@ import inspect
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 __all__ = ["NORMS", "Flow", "NormSite", "Refused", "TurnSite", "read", "rewrite"]
@@ -90,7 +90,7 @@ def read(module: Any, turns: bool) -> Flow:
     """The flow through ``type(module).forward``, where tests that the module decides are decided.
 
     ``turns`` says whether the model gives this layer ``position_embeddings``.
-    Raises Refused where the source cannot be read or compiled again.
+    Raises Refused where the source cannot be read, or is not that of the code that runs.
     """
     function = type(module).forward
     if not isinstance(function, FunctionType) or function.__code__.co_freevars:
@@ -102,6 +102,8 @@ def read(module: Any, turns: bool) -> Flow:
     tree = ast.parse(source).body[0]
     if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
         raise Refused("its forward is decorated")
+    if _words(_compile(tree, function)[1]) != _words(function.__code__):
+        raise Refused("the source of its forward is not what runs")
     ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)
     reader = _Reader(module, turns)
     reader.block(tree.body)
@@ -310,16 +312,28 @@ def rewrite(flow: Flow) -> FunctionType:
     for argument in (tree.args.vararg, tree.args.kwarg):
         if argument is not None:
             argument.annotation = None
-    program = ast.fix_missing_locations(ast.Module([tree], []))
     made: dict[str, Any] = {}
     original = flow.function
-    exec(compile(program, original.__code__.co_filename, "exec"), original.__globals__, made)
+    exec(_compile(tree, original)[0], original.__globals__, made)
     function = made[original.__name__]
     for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__doc__", "__qualname__"):
         setattr(function, name, copy.copy(getattr(original, name)))
     function.__module__ = original.__module__
     _compiled[tuple(key)] = function
     return function
+
+
+def _compile(tree: ast.FunctionDef, original: FunctionType) -> tuple[CodeType, CodeType]:
+    """Code that defines a function in the original's file, and the function's own."""
+    program = ast.fix_missing_locations(ast.Module([tree], []))
+    code = compile(program, original.__code__.co_filename, "exec")
+    return code, next(c for c in code.co_consts if isinstance(c, CodeType))
+
+
+def _words(code: CodeType) -> tuple[Any, ...]:
+    """What tells one function's code from another's, wherever it was compiled."""
+    consts = [repr(c) for c in code.co_consts if not isinstance(c, CodeType)]
+    return code.co_names, code.co_varnames, consts
 
 
 def is_ours(function: Any) -> bool:

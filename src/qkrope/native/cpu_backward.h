@@ -126,6 +126,7 @@ class Backward : Sides<V, kType> {
   void run_side(int side, const long long* walk, long long dy_ahead) {
     Side& s = sides_[side];
     const int heads = s.args->heads;
+    if (is_plain(side)) return run_plain(side, walk, dy_ahead);
     if (!s.spec->row || !s.normalises) {
       for (int first = 0; first < heads; first += kBatch) {
         const int count = heads - first < kBatch ? heads - first : kBatch;
@@ -159,6 +160,81 @@ class Backward : Sides<V, kType> {
       h.x.step();
       store_head(side, walk, head, h);
     }
+  }
+
+  // ---- the common case, in fewer steps: an RMS norm of each head, nothing but a weight behind it
+  // --
+
+  bool is_plain(int side) const {
+    const Side& s = sides_[side];
+    return s.spec->norm == QK_NORM_RMS && !s.spec->row && s.spec->dim == variant_.head_dim &&
+           !s.has_scale && !biases_[side].row && !variant_.rope_first;
+  }
+
+  void run_plain(int side, const long long* walk, long long dy_ahead) {
+    Side& s = sides_[side];
+    Sum& weights = weights_[side];
+    const int heads = s.args->heads, dim = variant_.head_dim;
+    for (int first = 0; first < heads; first += kBatch) {
+      const int count = heads - first < kBatch ? heads - first : kBatch;
+      for (int i = 0; i < count; i++) load_head(side, walk, dy_ahead, first + i, heads_[i]);
+      for (int i = 0; i < count; i++) heads_[i].whole.by = plain_rstd(s, heads_[i].x);
+      for (int i = 0; i < count; i++) {
+        if (s.weight_varies) this->read_weight(s, first + i), end_weight(s);
+        heads_[i].along.product = plain_gx(s, heads_[i], weights.row ? weights.some : nullptr);
+        count_head(weights, first + i, dim);
+      }
+      for (int i = 0; i < count; i++) {
+        const float *x = heads_[i].x.now, *gx = heads_[i].dy.now;
+        const F by(heads_[i].whole.by), along((float)(heads_[i].along.product / dim)), zero(0.0f);
+        char* y = static_cast<char*>(s.args->y) + walk[3 * side + kY];
+        this->store_as(y + (first + i) * s.args->y_head * kSize, [&](int c) {
+          return normalise_back(V::load(gx + c), mul(V::load(x + c), by), along, zero, by);
+        });
+      }
+    }
+  }
+
+  // The sum over a head of what of(i, sum) adds to `sum` for N channels: at most four floats in a
+  // chain, then doubles.
+  template <class Of>
+  double short_sums(Of of) const {
+    const int dim = variant_.head_dim;
+    typename V::D total{}, lo, hi;
+    for (int i = 0; i < dim;) {
+      F a(0.0f), b(0.0f);
+      for (int j = 0; j < 4 && i < dim; j++, i += 2 * N) {
+        a = of(i, a);
+        if (i + N < dim) b = of(i + N, b);
+      }
+      V::widen(add(a, b), lo, hi);
+      total += lo + hi;
+    }
+    return V::total(total);
+  }
+
+  float plain_rstd(const Side& s, const Row& x) const {
+    const int dim = variant_.head_dim;
+    const double squares = short_sums([&](int i, F sum) {
+      const F v = V::load(x.now + i);
+      return fma(v, v, sum);
+    });
+    // Squares that leave the range of float, and NaN, are summed again.
+    if (!(squares >= 0x1p-80 && squares <= __FLT_MAX__))
+      return this->statistic(s, QK_NORM_RMS, s.args->eps, x, 0, dim).by;
+    return (float)(1 / __builtin_sqrt(squares / dim + s.args->eps));
+  }
+
+  // dy to gx, and the sum of gx * n.
+  double plain_gx(const Side& s, const Head& h, float* weight_sum) const {
+    const F by(h.whole.by);
+    float *x = h.x.now, *dy = h.dy.now;
+    return short_sums([&](int i, F sum) {
+      const F n = mul(V::load(x + i), by), g = V::load(dy + i), gx = mul(g, V::load(s.weight + i));
+      if (weight_sum) V::store(weight_sum + i, fma(g, n, V::load(weight_sum + i)));
+      V::store(dy + i, gx);
+      return fma(gx, n, sum);
+    });
   }
 
   // ---- the steps of a head ----
@@ -197,20 +273,17 @@ class Backward : Sides<V, kType> {
     }
     float* const weight_sum = adds && weights.row ? weights.some : nullptr;
     float* const bias_sum = adds && biases.row ? biases.some : nullptr;
-    const bool plain = !s.has_scale && !bias_sum && s.spec->norm == QK_NORM_RMS && own == dim;
-    if (plain)
-      h.along = span_to_gx<true>(s, h, h.whole, 0, dim, weight_sum, nullptr);
-    else
-      h.along = span_to_gx<false>(s, h, h.whole, 0, own, weight_sum, bias_sum);
-    if (own < dim) h.rest_along = span_to_gx<false>(s, h, h.rest, own, dim, weight_sum, bias_sum);
+    const bool rest = s.spec->rest != QK_NORM_NONE;
+    h.along = span_to_gx(s, h, h.whole, 0, own, weight_sum, bias_sum);
+    if (own < dim)
+      h.rest_along = span_to_gx(s, h, h.rest, own, dim, rest ? weight_sum : nullptr,
+                                rest ? bias_sum : nullptr);
     h.x.step();
-    if (weight_sum && ++weights.chain == weights.most) flush(weights, head, s.spec->weight_dim);
-    if (bias_sum && ++biases.chain == biases.most) flush(biases, head, s.spec->weight_dim);
+    count_head(weights, head, s.spec->weight_dim, adds);
+    count_head(biases, head, s.spec->weight_dim, adds);
   }
 
-  // Channels [begin, end), in whole vectors where no others are behind them. kPlain: no scale, no
-  // sum of g, and no LayerNorm.
-  template <bool kPlain>
+  // Channels [begin, end), in whole vectors where no others are behind them.
   Along span_to_gx(const Side& s, const Head& h, const Statistic& statistic, int begin, int end,
                    float* weight_sum, float* bias_sum) const {
     const int whole = end == variant_.head_dim ? end : begin + (end - begin) / N * N;
@@ -219,18 +292,18 @@ class Backward : Sides<V, kType> {
     int i = begin;
     for (; i < whole; i += N) {
       F n = V::load(h.x.now + i), g = V::load(h.dy.now + i);
-      n = mul(kPlain ? n : add(n, minus), by);
-      if (!kPlain && s.has_scale) g = mul(g, V::load(s.scale + i));
+      n = mul(add(n, minus), by);
+      if (s.has_scale) g = mul(g, V::load(s.scale + i));
       if (weight_sum) V::store(weight_sum + i, fma(g, n, V::load(weight_sum + i)));
-      if (!kPlain && bias_sum) V::store(bias_sum + i, add(g, V::load(bias_sum + i)));
+      if (bias_sum) V::store(bias_sum + i, add(g, V::load(bias_sum + i)));
       g = mul(g, V::load(s.weight + i));
       V::store(h.x.next + i, n), V::store(h.dy.now + i, g);
       typename V::D lo, hi, n_lo, n_hi;
       V::widen(g, lo, hi), V::widen(n, n_lo, n_hi);
       a += lo * n_lo, b += hi * n_hi;
-      if (!kPlain) c += lo, d += hi;
+      c += lo, d += hi;
     }
-    Along along{V::total(a + b), kPlain ? 0 : V::total(c + d)};
+    Along along{V::total(a + b), V::total(c + d)};
     for (; i < end; i++) {
       const float n = mul(add(h.x.now[i], -statistic.mean), statistic.by);
       float g = h.dy.now[i];
@@ -244,11 +317,15 @@ class Backward : Sides<V, kType> {
     return along;
   }
 
-  // The sum of some heads to that of this block.
+  // One more head is in a sum of `count` channels.
+  static void count_head(Sum& sum, int head, int count, bool adds = true) {
+    if (sum.row && adds && ++sum.chain == sum.most) flush(sum, head, count);
+  }
+
+  // The sum of some heads to that of this block. What vectors leave behind its end does not matter.
   static void flush(Sum& sum, int head, int count) {
     float* to = sum.row + head * sum.head;
-    for (int i = 0; sum.chain && i < count; i++) to[i] += sum.some[i];
-    for (int i = 0; sum.chain && i < kWidth; i++) sum.some[i] = 0;
+    for (int i = 0; sum.chain && i < count; i++) to[i] += sum.some[i], sum.some[i] = 0;
     sum.chain = 0;
   }
 

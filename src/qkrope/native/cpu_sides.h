@@ -252,15 +252,21 @@ class Sides {
   }
 
   void store(const float* row, char* y) const {
+    store_as(y, [&](int i) { return V::load(row + i); });
+  }
+
+  // of(i): the N channels from i on.
+  template <class Source>
+  void store_as(char* y, Source of) const {
     const int dim = variant_.head_dim;
     F e, o;
     int i = 0;
     for (; i + 2 * N <= dim; i += 2 * N) {
-      V::template arrange<kType, false>(V::load(row + i), V::load(row + i + N), e, o);
+      V::template arrange<kType, false>(of(i), of(i + N), e, o);
       V::template store2<kType, false, false>(y + i * kSize, 0, e, o);
     }
     if (i == dim) return;
-    V::template arrange<kType, false>(V::load(row + i), V::load(row + i + N), e, o);
+    V::template arrange<kType, false>(of(i), of(i + N), e, o);
     V::template store2<kType, false, true>(y + i * kSize, dim - i, e, o);
   }
 };
