@@ -18,7 +18,7 @@ FORMATTED := $(NATIVE) $(wildcard src/qkrope/*/*.cu src/qkrope/*/*.cuh) $(wildca
 PYTHON_DIRS := $(wildcard src tests examples benchmarks tools)
 TVM_FFI_MIN := 0.1.11
 SANITIZE_TESTS ?= tests/test_kernels.py tests/test_kernel_rules.py tests/test_options.py \
-  tests/test_grad.py tests/test_grad_options.py
+  tests/test_grad.py tests/test_grad_options.py tests/test_grad_rules.py
 SMOKE_TESTS ?= tests/test_kernels.py tests/test_compat.py
 
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest

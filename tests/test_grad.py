@@ -12,7 +12,6 @@ from torch import Tensor
 import qkrope
 from cases import LAYOUTS, Recipe, assert_same_bits
 from grads import NAMES, Gradients, check_gradients
-from qkrope import ops_backward
 from qkrope.spec import Norm, Rope, Spec
 from refusals import FP32, Args, good, keep_plans, maker, packed, refuses
 
@@ -303,36 +302,3 @@ def test_a_graph_is_used_once_or_kept() -> None:
     assert_same_bits(first, again)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y.sum(), call.q)
-
-
-# ---- the op's own boundary --------------------------------------------------------------------
-
-
-def backward_args() -> dict[str, object]:
-    call = Recipe(SPEC, lead=(3,)).make()
-    q, k, q_weight, k_weight, positions, spec = call.args()
-    return {
-        **{"dq_out": q.clone(), "dk_out": k.clone(), "dv_out": None, "q": q, "k": k},
-        **{"q_weight": q_weight, "k_weight": k_weight, "positions": positions, "spec": spec},
-        "wanted": (True, True, False, False, False),
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "text"),
-    [
-        ({"dq_out": torch.zeros(3, 5, 46)}, TypeError, "dq_out: expected the dtype of q"),
-        ({"dq_out": torch.zeros(3, 5, 46).bfloat16()}, ValueError, "dq_out: expected shape"),
-        ({"dk_out": torch.zeros(4, 2, 48).bfloat16()}, ValueError, "dk_out: expected shape"),
-        ({"q": None}, ValueError, "dq_out: expected None, since q is None"),
-        ({"dq_out": None, "dk_out": None}, ValueError, "dq_out, dk_out, dv_out: expected a tensor"),
-        ({"dv_out": torch.zeros(3, 2, 48)}, ValueError, "dv_out: expected None, since v is None"),
-        ({"positions": None}, ValueError, "positions: expected"),
-        ({"q_weight": torch.zeros(9)}, ValueError, "q_weight: expected shape"),
-    ],
-)
-def test_refusals_of_the_backward(
-    change: dict[str, object], kind: type[Exception], text: str
-) -> None:
-    with pytest.raises(kind, match=text):
-        ops_backward.qk_norm_rope_backward(**{**backward_args(), **change})
