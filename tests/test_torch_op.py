@@ -125,36 +125,33 @@ def test_a_text_that_is_no_spec_is_refused() -> None:
 # ---- gradients --------------------------------------------------------------------------------
 
 
-GRAD = ("q", "q_weight", "k_weight", "inv_freq")
-
-
-@pytest.mark.parametrize("name", GRAD)
+@pytest.mark.parametrize("name", ["inv_freq", "cos"])
 def test_no_gradient_is_lost(name: str) -> None:
     """A traced call, and an op called by itself, raise where the eager call does."""
-    recipe = Recipe(SPEC, angle="inv_freq32", dtype=torch.float32)
+    call = Recipe(SPEC, angle="inv_freq32" if name == "inv_freq" else "pair").make()
+    q, k, w, _, p, _ = call.args()
 
-    def public(q: Tensor, **more: Tensor) -> Tensor:
-        given = {"k": k, "q_weight": w, "k_weight": w, "positions": p, "spec": SPEC, **more}
-        return qkrope.qk_norm_rope(q=q * 1, **given)[0]
+    def public(q: Tensor, leaf: Tensor) -> Tensor:
+        angle = {"inv_freq": leaf} if name == "inv_freq" else {"cos_sin": (leaf, leaf.detach())}
+        return qkrope.qk_norm_rope(q * 1, k, w, w, p, SPEC, **angle)[0]
 
-    def raw(q: Tensor, **more: Tensor) -> Tensor:
-        given = {"k": k, "q_weight": w, "k_weight": w, "positions": p, **more}
-        return OPS.qk_norm_rope(q=q * 1, spec=SPEC.canonical(), **given)[0]
+    def raw(q: Tensor, leaf: Tensor) -> Tensor:
+        angle = {"inv_freq": leaf} if name == "inv_freq" else {"cos": leaf, "sin": leaf.detach()}
+        return OPS.qk_norm_rope(q * 1, k, w, w, p, SPEC.canonical(), **angle)[0]
 
-    call = recipe.make()
-    k, w, p = call.k, call.q_weight, call.positions
-    leaf = call.extras["inv_freq"] if name == "inv_freq" else getattr(call, name)
-    args = {"q": call.q, name: leaf.requires_grad_()}
+    leaf = call.extras["inv_freq"] if name == "inv_freq" else call.extras["cos_sin"][0]
+    leaf.requires_grad_()
     text = f"{name}: expected a tensor without requires_grad"
     for function in (public, raw):
-        with pytest.raises(ValueError, match=text):
-            function(**args)
+        for q_too in (False, True):
+            with pytest.raises(ValueError, match=text):
+                function(q.requires_grad_(q_too), leaf)
         for fullgraph in (False, True):
             compiled = torch.compile(function, backend="aot_eager", fullgraph=fullgraph)
             with pytest.raises((ValueError, RuntimeError), match=text):
-                compiled(**args)
+                compiled(q, leaf)
         with torch.no_grad():
-            assert torch.equal(compiled(**args), public(**args))
+            assert torch.equal(compiled(q, leaf), public(q, leaf))
 
 
 def test_in_place_refuses_what_requires_grad() -> None:

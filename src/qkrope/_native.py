@@ -30,9 +30,9 @@ def lib() -> Any:
 
 
 @cache
-def entry(release_gil: bool) -> Any:
+def entry(release_gil: bool, name: str = "qk_norm_rope") -> Any:
     """The op itself. A CPU call lets other threads run; a launch is too short for that to pay."""
-    function = lib().get_function("qk_norm_rope")
+    function = lib().get_function(name)
     function.release_gil = release_gil
     return function
 
@@ -41,9 +41,9 @@ def refuse_foreign(operands: tuple[Any, ...], error: RuntimeError) -> None:
     """Names the tensor, if there is one, that torch could not describe to native code."""
     import torch
 
-    from .extras import OPERANDS
+    from .extras import GRADIENTS, OPERANDS
 
-    for name, x in zip(OPERANDS, operands[1:], strict=False):
+    for name, x in zip((*OPERANDS, *GRADIENTS), operands[1:], strict=False):
         if not isinstance(x, torch.Tensor):
             continue
         if x.device.type not in ("cpu", "cuda"):

@@ -8,6 +8,9 @@ The criterion, for an output y of dtype T and the exact value ref::
 (`qkrope.reference.criterion_terms`), so a result may cancel without the bound cancelling with it.
 2^-19 is 32 roundings of a float32: sum of squares 7.5, its mean and eps 0.5, reciprocal square
 root 2.1, weight 2, rotation 2, cosine and sine 7.4 make 21.5 in the worst case.
+
+Gradients are held to the same formula with terms of their own
+(`qkrope.reference_grad.gradient_terms`) and more roundings: docs/accuracy.md counts them.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["SLACK", "error_over_bound", "round_once", "ulp"]
+__all__ = ["GRADIENT_UNITS", "SLACK", "error_over_bound", "round_once", "sum_units", "ulp"]
 
 SLACK = 2.0**-19
+
+# A gradient dx may be off by so many times SLACK, of its own terms.
+GRADIENT_UNITS = {"norm_first": 2.25, "rope_first": 4.0}
 
 # Bits of the significand and exponent of the smallest normal number.
 _FORMAT = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
@@ -29,6 +35,15 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     exponent = torch.frexp(x.double().abs()).exponent.clamp_min(smallest + 1) - precision
     exponent = torch.where(x == 0, smallest + 1 - precision, exponent)
     return ((exponent.long() + 1023) << 52).view(torch.float64)  # 2^exponent, by its bits
+
+
+def sum_units(count: int) -> float:
+    """How many times SLACK a sum of ``count`` summands, the gradient of a weight, may be off.
+
+    1.25 of it are the summands' own, the rest is the longest chain of float32 additions: at most
+    64, or 64 and a sixteenth of the summands.
+    """
+    return 1.25 + min(count, 64 + count / 16) * 2.0**-24 / SLACK
 
 
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from .plan import refuse_no_spec
 from .scaling import MAX_LENGTH
 from .spec import Spec
 
-__all__ = ["OPERANDS", "PLAIN", "Angles", "Extras", "native_operands", "pair"]
+__all__ = ["GRADIENTS", "NAMES", "OPERANDS", "PLAIN", "Angles", "Extras", "native_operands", "pair"]
 
 Tensor = torch.Tensor
 CosSin = tuple[Tensor, Tensor]
@@ -50,6 +50,13 @@ OPERANDS = (
     *("positions[1]", "cos", "sin", "cos_sin_cache", "inv_freq", "out[0]", "out[1]"),
     *("q_bias", "k_bias", "k cos", "k sin", "v", "v_weight", "out[2]", "q_scale", "k_scale"),
     *("rotate_from", "rotate_to"),
+)
+# What a call has gradients of.
+NAMES = ("q", "k", "v", "q_weight", "k_weight", "v_weight", "q_bias", "k_bias")
+# And what native code takes after those where it is a backward.
+GRADIENTS = (
+    *("dq_out", "dk_out", "dv_out", "dq_weight", "dk_weight", "dv_weight", "dq_bias", "dk_bias"),
+    "workspace",
 )
 
 

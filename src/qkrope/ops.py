@@ -47,14 +47,15 @@ def _refuse_grad(in_place: bool, named: dict[str, Any]) -> None:
                     "with it; call qk_norm_rope, or run under torch.no_grad()"
                 )
             raise ValueError(
-                f"{name}: expected a tensor without requires_grad, got one with it, and this "
-                "release has no backward; run under torch.no_grad(), or call "
-                "qkrope.reference.qk_norm_rope, which is differentiable"
+                f"{name}: expected a tensor without requires_grad, got one with it; a call has "
+                "gradients for q, k, v, their weights and biases alone, and none with out=; run "
+                "under torch.no_grad(), or call qkrope.reference.qk_norm_rope, which is "
+                "differentiable"
             )
 
 
 def _prepare(
-    in_place: bool,
+    in_place: bool | None,
     qkv: Tensor | None,
     q: Tensor | None,
     k: Tensor | None,
@@ -64,12 +65,17 @@ def _prepare(
     spec: Spec,
     extras: dict[str, Any],
 ) -> tuple[Plan, tuple[Any, ...]]:
-    """The call in native order: everything but the plain packed call comes through here."""
+    """The call in native order: everything but the plain packed call comes through here.
+
+    in_place: what an error about gradients says; None where they are taken care of.
+    """
     seq_len = extras.pop("seq_len", None)
     packed = qkv is not None
     sides = (packed or q is not None, packed or k is not None)
     known = native_operands(spec, extras, sides, packed) if extras else {}
-    if torch.is_grad_enabled():
+    if in_place is None:
+        flags = 0  # of a training step, whose kernels do write weights
+    elif torch.is_grad_enabled():
         named = {"qkv": qkv, "q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight}
         _refuse_grad(in_place, named | known)
         flags = 0
@@ -181,7 +187,9 @@ def qk_norm_rope(
     out: (q_out, k_out), and v_out with v, of the inputs' shapes and dtype, separate from every
     input or the input itself.
 
-    Returns (q, k), or (q, k, v) where v is given.
+    Returns (q, k), or (q, k, v) where v is given; differentiable (once) in q, k, v, their weights
+    and biases, see ``qkrope.ops_backward``. A gradient has the dtype of what it is of. Nothing but
+    the inputs is kept. Under autocast the inputs are taken as they are.
     Raises TypeError and ValueError naming argument, expected and got, before anything is written;
     CompileError where the kernel cannot be built.
     """
@@ -189,6 +197,39 @@ def qk_norm_rope(
         from . import torch_op
 
         return torch_op.qk_norm_rope(q, k, q_weight, k_weight, positions, spec, **extras)
+    if _grad_enabled() and _has_gradient(q, k, q_weight, k_weight, extras):
+        from . import torch_op
+
+        return torch_op.qk_norm_rope_with_gradients(
+            q, k, q_weight, k_weight, positions, spec, **extras
+        )
+    return _qk_norm_rope(False, q, k, q_weight, k_weight, positions, spec, **extras)
+
+
+def _has_gradient(q: Any, k: Any, q_weight: Any, k_weight: Any, extras: Extras) -> bool:
+    """Whether a call's results need gradients; what has none in it is refused later, by name."""
+    if not (
+        getattr(q, "requires_grad", False)
+        or getattr(k, "requires_grad", False)
+        or getattr(q_weight, "requires_grad", False)
+        or getattr(k_weight, "requires_grad", False)
+        or (extras and any(getattr(x, "requires_grad", False) for x in extras.values()))
+    ):
+        return False
+    return extras.get("out") is None
+
+
+def _qk_norm_rope(
+    in_place: bool | None,
+    q: Tensor | None,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    positions: Positions,
+    spec: Spec,
+    **extras: Unpack[Extras],
+) -> tuple[Tensor | None, ...]:
+    """The call itself; in_place as in `_prepare`."""
     first = _first(q, k)
     v = extras.get("v")
     given = (q, k) if v is None else (q, k, v)
@@ -200,7 +241,7 @@ def qk_norm_rope(
             if t is not None and to is None:
                 raise TypeError(f"out[{i}]: expected a tensor, got None")
     plan, operands = _prepare(
-        False, None, q, k, q_weight, k_weight, positions, spec, {**extras, "out": made}
+        in_place, None, q, k, q_weight, k_weight, positions, spec, {**extras, "out": made}
     )
     _run(first.is_cuda, plan, *operands)
     return made

@@ -36,7 +36,7 @@ from .groups import Group, check_groups
 from .reference_angles import CosSin, Positions
 from .reference_rounded import rounded
 from .reference_side import Extras, Scale, Side, Span, sides
-from .reference_steps import each_span, effective_weight, move_pairs, normalise, rotate, statistics
+from .reference_steps import each_span, effective_weight, normalise, pair_sizes, rotate, statistics
 from .spec import Spec
 
 __all__ = [
@@ -230,6 +230,7 @@ def criterion_terms(
     rope_first: ((own + average(own)) * rstd * |w_i| + |bias_i|) * |scale_i| with own = (|x_a| +
     |x_b|) * gain and the channel's own w, bias and scale; the average is a LayerNorm's alone: its
     mean is a sum of products of the rotation, which may nearly cancel.
+
     The gain is max(1, attention factor), or max(1, |cos|, |sin|) with a caller's table. A channel
     or token that is not rotated has its own term alone, and a channel outside every norm |x|.
     Arguments as in `qk_norm_rope`.
@@ -255,13 +256,6 @@ def _terms(side: Side, order: str) -> Tensor:
     x, turn = side.x.double(), side.turn
     turned = rotate(x, side) if order == "rope_first" else x
 
-    def both(x: Tensor) -> Tensor:
-        """|a| + |b| on both channels of each pair, times the gain."""
-        if turn is None:
-            return x
-        gain = turn.gain
-        return move_pairs(x, turn, lambda ab: ab.sum(-1, keepdim=True).expand_as(ab) * gain)
-
     def normed(x: Tensor, span: Span) -> Tensor:
         mean, rstd = statistics(turned[..., span.channels], span.norm)
         size = mean.abs()
@@ -275,4 +269,6 @@ def _terms(side: Side, order: str) -> Tensor:
         y = each_span(x, side, normed)
         return y if side.scale is None else y * side.scale.double().abs()
 
-    return scaled(both(x.abs())) if order == "rope_first" else both(scaled(x.abs()))
+    if order == "rope_first":
+        return scaled(pair_sizes(x.abs(), turn))
+    return pair_sizes(scaled(x.abs()), turn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ __all__ = [
     "each_span",
     "move_pairs",
     "normalise",
+    "pair_sizes",
     "quarter_turn",
     "rotate",
     "statistics",
@@ -66,6 +68,21 @@ def move_pairs(x: Tensor, turn: Turn, step: Callable[[Tensor], Tensor]) -> Tenso
         pairs = pairs.clone()
         pairs[..., turn.tokens, :, :, :] = turned
     return x.index_copy(-1, turn.write.flatten(), pairs.flatten(-2))
+
+
+def pair_sizes(x: Tensor, turn: Turn | None, *, back: bool = False) -> Tensor:
+    """|a| + |b| on both channels of each pair, times the gain: no rotation gives more.
+
+    x: sizes, not negative. back: of the transposed rotation, from what pairs write to what they
+    read.
+    """
+    if turn is None:
+        return x
+    gain = turn.gain
+    if back:
+        turn = replace(turn, read=turn.write, write=turn.read)
+        gain = gain.amax(-1, keepdim=True) if isinstance(gain, Tensor) else gain
+    return move_pairs(x, turn, lambda ab: ab.sum(-1, keepdim=True).expand_as(ab) * gain)
 
 
 def quarter_turn(pairs: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ which are what the ops run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from . import cpu, ops
+from . import cpu, ops, ops_backward, torch_grad
 from .extras import Extras, _tables, pair
 from .plan import refuse_no_spec
 from .spec import Spec
@@ -47,6 +47,17 @@ def qk_norm_rope(
         torch.ops.qkrope.qk_norm_rope.out(q, k, *args, **more)
         return tuple(out)
     made = iter(torch.ops.qkrope.qk_norm_rope.default(q, k, *args, **more))
+    given = (q, k) if extras.get("v") is None else (q, k, extras["v"])
+    return tuple([None if x is None else next(made) for x in given])
+
+
+def qk_norm_rope_with_gradients(
+    q: Tensor | None, k: Tensor | None, *rest: Any, **extras: Any
+) -> tuple[Tensor | None, ...]:
+    """``qkrope.qk_norm_rope`` of tensors that require grad, eagerly: the call's own errors."""
+    args, more = _flat((q, k), *rest, **extras)
+    named = {"q": q, "k": k, **dict(zip(_POSITIONAL, args, strict=True)), **more}
+    made = iter(torch_grad.apply(_with_gradients, named))
     given = (q, k) if extras.get("v") is None else (q, k, extras["v"])
     return tuple([None if x is None else next(made) for x in given])
 
@@ -143,6 +154,12 @@ def _qk_norm_rope(*args: Any, **more: Any) -> list[Tensor]:
     return [y for y in _whole(ops.qk_norm_rope)(*args, **more) if y is not None]
 
 
+def _with_gradients(q: Any = None, k: Any = None, **more: Any) -> list[Tensor]:
+    rest = (more.pop(name, None) for name in _POSITIONAL)
+    made = _whole(partial(ops._qk_norm_rope, None))(q, k, *rest, **more)
+    return [y for y in made if y is not None]
+
+
 def _qkv_norm_rope_(
     qkv: Tensor, q_weight: Any, k_weight: Any, positions: Tensor | None, text: str
 ) -> None:
@@ -168,17 +185,19 @@ def _fake(result: str, *names: str) -> _Op:
     return fake
 
 
-def _schema(inputs: str, v: str = "", out: str = "") -> str:
+def _schema(inputs: str, v: str = "", out: str = "", last: str = "") -> str:
     optional = f"k_positions q_bias k_bias q_scale k_scale {v} v_weight".split()
     optional += [*_TABLES, "cos_sin_cache", "inv_freq"]
     tensors = ", ".join(f"Tensor? {name}=None" for name in optional)
     tensors = tensors.replace("Tensor? v!", "Tensor(c!)? v")
     numbers = "float? q_scale_number=None, float? k_scale_number=None, SymInt? seq_len=None"
     numbers += ", SymInt rotate_from=0, SymInt? rotate_to=None"
-    return f"({inputs}, {_REST}, *, {tensors}, {numbers}{out})"
+    return f"({inputs}, {_REST}{last}, *, {tensors}, {numbers}{out})"
 
 
 _REST = "Tensor? q_weight, Tensor? k_weight, Tensor? positions, str spec"
+_POSITIONAL = ("q_weight", "k_weight", "positions", "spec")
+_GRADS = "Tensor? dq_out, Tensor? dk_out, Tensor? dv_out, Tensor? q, Tensor? k"
 _OUTS = ", Tensor(a!)? q_out=None, Tensor(b!)? k_out=None, Tensor(c!)? v_out=None"
 _APART, _PACKED = _fake("in place", "q", "k"), _fake("in place", "qkv")
 _OPS: dict[str, tuple[_Op, _Op]] = {
@@ -194,6 +213,9 @@ _OPS: dict[str, tuple[_Op, _Op]] = {
     f"qkv_norm_rope_.more{_schema('Tensor(a!) qkv')} -> ()": (_whole(ops.qkv_norm_rope_), _PACKED),
     f"qkv_norm_rope_.out{_schema('Tensor qkv', out=_OUTS)} -> ()":
         (_into(ops.qkv_norm_rope_), _PACKED),
+    # Those made, in the order of ops_backward.NAMES; wanted: of its last five.
+    f"qk_norm_rope_backward{_schema(_GRADS, 'v', last=', bool[] wanted')} -> Tensor[]":
+        torch_grad.backward_op(_whole(ops_backward.qk_norm_rope_backward)),
 }  # fmt: skip
 _library = torch.library.Library("qkrope", "DEF")
 for _text, (_run, _traced) in _OPS.items():
@@ -202,5 +224,8 @@ for _text, (_run, _traced) in _OPS.items():
     _name = _text.partition("(")[0]
     _library.define(_text, tags=_tags)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    if _name == "qk_norm_rope":
+        _library.impl(_name, torch_grad.autograd_kernel, "Autograd", with_keyset=True)
+    else:
+        _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"qkrope::{_name}", _traced, lib=_library)

@@ -7,6 +7,7 @@ from typing import Any
 from .._native import entry, refuse_foreign
 
 _native: Any = None
+_native_backward: Any = None
 
 
 def qk_norm_rope(plan: Any, *operands: Any) -> None:
@@ -16,6 +17,18 @@ def qk_norm_rope(plan: Any, *operands: Any) -> None:
         _native = entry(True)
     try:
         _native(plan.handle, *operands)
+    except RuntimeError as error:
+        refuse_foreign(operands, error)
+        raise
+
+
+def qk_norm_rope_backward(plan: Any, *operands: Any) -> None:
+    """Run the gradients of one call; ``operands`` likewise."""
+    global _native_backward
+    if _native_backward is None:
+        _native_backward = entry(True, "qk_norm_rope_backward")
+    try:
+        _native_backward(plan.handle, *operands)
     except RuntimeError as error:
         refuse_foreign(operands, error)
         raise

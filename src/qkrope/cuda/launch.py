@@ -38,6 +38,15 @@ def qk_norm_rope(plan: Any, *operands: Any) -> None:
         warnings.warn(_SLOW[answer], RuntimeWarning, stacklevel=4)
 
 
+def qk_norm_rope_backward(plan: Any, *operands: Any) -> None:
+    """Run the gradients of one call; ``operands`` likewise."""
+    try:
+        entry(False, "qk_norm_rope_backward")(plan.handle, *operands)
+    except RuntimeError as error:
+        refuse_foreign(operands, error)
+        raise
+
+
 # What the native call says of a slow path, once a process each.
 _SLOW = {
     -1: "qkrope: rows that are not aligned to 8 or 16 bytes are read one element at a time; align "

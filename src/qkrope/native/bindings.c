@@ -108,7 +108,7 @@ _Static_assert(sizeof(qk_side_variant) == 7 * sizeof(int), "as plan.py writes it
 _Static_assert(sizeof(qk_norm_numbers) == 4 * sizeof(float), "as plan.py writes it");
 _Static_assert(sizeof(qk_pair) == 7 * sizeof(short), "as plan.py writes it");
 
-static int run_cpu(qk_checked* checked) {
+static int run_cpu(qk_checked* checked, int backward) {
   qk_frac fracs[QK_MAX_HEAD_DIM / 2];
   if (checked->variant.angle == QK_ANGLE_INV_FREQ) checked->variant.angle = QK_ANGLE_PHASE;
   for (int i = 0; i < checked->num_parts; ++i) {
@@ -119,7 +119,8 @@ static int run_cpu(qk_checked* checked) {
                            checked->variant.reverse, checked->variant.rotary_dim / 2, fracs);
       p->frac = fracs;
     }
-    if (qk_cpu_run(&checked->variant, p))
+    if (backward ? qk_cpu_backward(&checked->variant, p, &checked->grads[i])
+                 : qk_cpu_run(&checked->variant, p))
       return qk_raise("RuntimeError", "the CPU kernel refused a checked call (a bug in qkrope)");
   }
   return 0;
@@ -203,7 +204,7 @@ FUNCTION(qk_norm_rope) {
   if (check_only) return return_int(result, 0);
   long long answer = 0;
   if (checked.device_type == kDLCPU) {
-    if (run_cpu(&checked)) return -1;
+    if (run_cpu(&checked, 0)) return -1;
   } else {
     qk_ready ready;
     void* stream = TVMFFIEnvGetStream(checked.device_type, checked.device_id);
@@ -211,6 +212,59 @@ FUNCTION(qk_norm_rope) {
     if (description.count && !answer && ready.function) qk_keep(&description, &call, &ready);
   }
   return return_int(result, answer);
+}
+
+// qk_norm_rope_backward(plan, flags, all operands of qk_norm_rope, then dq_out, dk_out, dv_out,
+//                       dq_weight, dk_weight, dv_weight, dq_bias, dk_bias, workspace)
+// -> the answer of qk_launch_backward. q_out, k_out and v_out are where the gradients of q, k and v
+// go; the sums (dq_weight to dk_bias) are float32 or, where not wanted, None. The sums of a side
+// without tokens are not written.
+enum { GRADIENTS = 9, CHECK_ONLY = 2 };
+
+static int read_backward(const TVMFFIAny* args, int n, qk_call* to) {
+  static const char* names[] = {"dq_out",    "dk_out",  "dv_out",  "dq_weight", "dk_weight",
+                                "dv_weight", "dq_bias", "dk_bias", "workspace"};
+  if (n != ALL + GRADIENTS)
+    return qk_raise("TypeError", "qk_norm_rope_backward: expected %d arguments, got %d",
+                    ALL + GRADIENTS, n);
+  if (read_call(args, ALL, to)) return -1;
+  const DLTensor** slots[] = {&to->q_dy,      &to->k_dy,      &to->v_dy,
+                              &to->q_dweight, &to->k_dweight, &to->v_dweight,
+                              &to->q_dbias,   &to->k_dbias,   &to->workspace};
+  for (int i = 0; i < GRADIENTS; ++i)
+    if (tensor_arg(names[i], &args[ALL + i], slots[i])) return -1;
+  if (to->qkv) return qk_raise("ValueError", "qkv: expected None in a backward, got a tensor");
+  to->backward = 1;
+  return 0;
+}
+
+#pragma weak qk_launch_backward
+FUNCTION(qk_norm_rope_backward) {
+  (void)self;
+  qk_call call;
+  qk_checked checked;
+  if (read_backward(args, n, &call) || qk_check(&call, &checked)) return -1;
+  long long answer = 0;
+  if (args[1].v_int64 & CHECK_ONLY) return return_int(result, 0);
+  if (checked.device_type == kDLCPU) {
+    if (run_cpu(&checked, 1)) return -1;
+  } else {
+    void* stream = TVMFFIEnvGetStream(checked.device_type, checked.device_id);
+    if (!qk_launch_backward)
+      return qk_raise("RuntimeError",
+                      "qk_norm_rope_backward: this build has no CUDA kernels of it");
+    if (qk_launch_backward(call.plan, &checked, stream, &answer)) return -1;
+  }
+  return return_int(result, answer);
+}
+
+// backward_partials(plan, tokens, num_sms): rows of the workspace, num_sms 0 on a CPU. A row has as
+// many floats as all sums together.
+FUNCTION(backward_partials) {
+  (void)self;
+  if (n != 3) return qk_raise("TypeError", "backward_partials: expected 3 arguments, got %d", n);
+  return return_int(result, qk_partials((const qk_plan*)(uintptr_t)args[0].v_int64, args[1].v_int64,
+                                        (int)args[2].v_int64));
 }
 
 // cuda_load(device, address of a cubin) -> kernels

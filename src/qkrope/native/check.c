@@ -31,15 +31,19 @@ static int coalesce(qk_params* p, int lead, const long long* size, long long* st
 
 // One part: the sides that walk the same tokens.
 static int make_part(const qk_call* c, const operands* o, const int* sides, qk_checked* out) {
-  enum { X, Y, SCALE, POS = 3 * SIDES, COS, SIN, WALKS };
+  enum { X, Y, SCALE, POS = 3 * SIDES, COS, SIN, DY, WALKS = DY + SIDES };
   const int dtype = out->variant.dtype;
+  const int walked = c->backward ? WALKS : DY;
+  qk_grads* grads = &out->grads[out->num_parts];
   qk_params* p = &out->part[out->num_parts++];
   qk_side* to[] = {&p->q, &p->k, &p->v};
+  qk_side_grads* grads_to[] = {&grads->q, &grads->k, &grads->v};
   const qk_view* lead = &o->in[sides[Q] ? Q : sides[K] ? K : V];
   long long walks[WALKS][QK_RAW_DIMS];
   for (int d = 0; d < lead->ndim - 2; ++d)
-    for (int i = 0; i < WALKS; ++i) walks[i][d] = 0;
+    for (int i = 0; i < walked; ++i) walks[i][d] = 0;
   memset(p, 0, sizeof *p);
+  if (c->backward) memset(grads, 0, sizeof *grads);
   p->general = out->variant.general;
   for (int i = 0; i < SIDES; ++i) {
     if (!sides[i]) continue;
@@ -47,6 +51,10 @@ static int make_part(const qk_call* c, const operands* o, const int* sides, qk_c
     if (qk_check_side(c, o, i, &out->variant, to[i]) ||
         qk_check_scale(c, o, i, dtype, to[i], walks[3 * i + SCALE]))
       return -1;
+    if (c->backward) {
+      if (qk_check_gradient(c, o, i, dtype, grads_to[i], walks[DY + i])) return -1;
+      p->general |= grads_to[i]->dweight_head || grads_to[i]->dbias_head;
+    }
     for (int d = 0; d < x->ndim - 2; ++d)
       walks[3 * i + X][d] = x->stride[d], walks[3 * i + Y][d] = y->stride[d];
     if (i != V)
@@ -54,13 +62,14 @@ static int make_part(const qk_call* c, const operands* o, const int* sides, qk_c
   }
   if (qk_check_angles(c, o, sides, lead, dtype, p, walks[POS], walks[COS], walks[SIN])) return -1;
   long long* strides[WALKS];
-  for (int i = 0; i < WALKS; ++i) strides[i] = walks[i];
-  if (coalesce(p, lead->ndim - 2, lead->size, strides, WALKS)) return -1;
-  long long* dims[] = {p->q.x_dim,     p->q.y_dim,     p->q.scale_dim, p->k.x_dim,
-                       p->k.y_dim,     p->k.scale_dim, p->v.x_dim,     p->v.y_dim,
-                       p->v.scale_dim, p->pos_dim,     p->cos_dim,     p->sin_dim};
+  for (int i = 0; i < walked; ++i) strides[i] = walks[i];
+  if (coalesce(p, lead->ndim - 2, lead->size, strides, walked)) return -1;
+  long long* dims[] = {p->q.x_dim,      p->q.y_dim,      p->q.scale_dim, p->k.x_dim,
+                       p->k.y_dim,      p->k.scale_dim,  p->v.x_dim,     p->v.y_dim,
+                       p->v.scale_dim,  p->pos_dim,      p->cos_dim,     p->sin_dim,
+                       grads->q.dy_dim, grads->k.dy_dim, grads->v.dy_dim};
   for (int d = 0; d < p->ndim; ++d)
-    for (int i = 0; i < WALKS; ++i) dims[i][d] = strides[i][d];
+    for (int i = 0; i < walked; ++i) dims[i][d] = strides[i][d];
   return 0;
 }
 
@@ -85,6 +94,10 @@ int qk_check(const qk_call* c, qk_checked* out) {
   qk_variant* v = &out->variant;
   if (qk_check_sides(c, &o, &v->dtype)) return -1;
   v->q_weight_dtype = v->k_weight_dtype = v->v_weight_dtype = -1;
+  if (c->backward) {
+    v->q.round_norm = v->k.round_norm = v->v.round_norm = QK_ROUND_ONCE;
+    v->q.round_turn = v->k.round_turn = v->v.round_turn = QK_TURN_ONCE;
+  }
   const int rotates = v->rotary_dim > 0, has_q = o.has[Q], has_k = o.has[K];
   v->angle = !rotates                                 ? QK_ANGLE_NONE
              : c->cos || c->k_cos || c->cos_sin_cache ? QK_ANGLE_TABLE
@@ -117,6 +130,7 @@ int qk_check(const qk_call* c, qk_checked* out) {
   for (int i = 0; i < n; ++i)
     if (make_part(c, &o, parts[i], out)) return -1;
   if (qk_check_memory(c, &o)) return -1;
+  if (c->backward && qk_check_workspace(c, &o, out)) return -1;
   out->general = is_general(plan, out);
   return 0;
 }

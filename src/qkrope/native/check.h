@@ -30,6 +30,12 @@ int qk_check_scale(const qk_call* c, const operands* o, int side, int dtype, qk_
                    long long* stride);
 int qk_check_memory(const qk_call* c, const operands* o);
 
+// check_backward.c: the gradient of one side's output, with its strides along the leading
+// dimensions, and the sums that go with it; then the workspace and the memory of all of them.
+int qk_check_gradient(const qk_call* c, const operands* o, int side, int dtype, qk_side_grads* to,
+                      long long* stride);
+int qk_check_workspace(const qk_call* c, const operands* o, qk_checked* out);
+
 // check_angles.c: all that the angles of one part come from. `lead` is the first of its sides;
 // pos, cos and sin get their strides along the leading dimensions.
 int qk_check_angles(const qk_call* c, const operands* o, const int* sides, const qk_view* lead,

@@ -92,6 +92,7 @@ int qk_check_sides(const qk_call* c, operands* o, int* dtype) {
   const DLTensor* out[] = {c->q_out, c->k_out, c->v_out};
   o->first = c->qkv ? c->qkv : c->q ? c->q : c->k;
   o->first_name = c->qkv ? "qkv" : c->q ? "q" : "k";
+  if (!o->first && c->backward) o->first = c->v, o->first_name = "v";  // the only one that is used
   if (!o->first)
     return qk_raise("ValueError", "q, k: expected a tensor for at least one, got None for both");
   if (c->v && !plan->has_v)
@@ -155,7 +156,10 @@ int qk_check_memory(const qk_call* c, const operands* o) {
               {"k cos", c->k_cos},
               {"k sin", c->k_sin},
               {"cos_sin_cache", c->cos_sin_cache},
-              {"inv_freq", c->inv_freq}};
+              {"inv_freq", c->inv_freq},
+              {"dq_out", c->q_dy},
+              {"dk_out", c->k_dy},
+              {"dv_out", c->v_dy}};
   for (int i = 0; i < SIDES; ++i) {
     const qk_view* out = &o->out[i];
     if (!o->has[i]) continue;

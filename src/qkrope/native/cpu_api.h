@@ -23,6 +23,9 @@ int qk_cpu_supported(const char* name);
 // no instruction set is chosen and QKROPE_ISA names none that can run.
 int qk_cpu_run(const qk_variant* variant, const qk_params* params);
 
+// The same for the gradients of such a call. The bits do not depend on the number of threads.
+int qk_cpu_backward(const qk_variant* variant, const qk_params* params, const qk_grads* grads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -16,6 +16,7 @@ namespace {
 struct Level {
   const char* name;
   qk::run_function* run;
+  qk::backward_function* backward;
   bool (*supported)();
 };
 
@@ -34,11 +35,11 @@ bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf1
 
 const Level kLevels[] = {
 #ifdef __x86_64__
-    {"avx512bf16", qk::run_avx512bf16, has_avx512bf16},  // the best first
-    {"avx512", qk::run_avx512, has_avx512},
-    {"avx2", qk::run_avx2, has_avx2},
+    {"avx512bf16", qk::run_avx512bf16, qk::backward_avx512bf16, has_avx512bf16},  // the best first
+    {"avx512", qk::run_avx512, qk::backward_avx512, has_avx512},
+    {"avx2", qk::run_avx2, qk::backward_avx2, has_avx2},
 #endif
-    {"scalar", qk::run_scalar, has_scalar},
+    {"scalar", qk::run_scalar, qk::backward_scalar, has_scalar},
 };
 
 // Below this many heads a second thread costs more than it brings.
@@ -55,6 +56,15 @@ void after_fork() {
 }
 
 [[maybe_unused]] const int watching_forks = pthread_atfork(nullptr, nullptr, after_fork);
+
+// Always the whole pool, which is torch's: a smaller team would make libgomp end threads.
+bool is_parallel(const qk_params& p) {
+  if (p.tokens < 2 || p.tokens * (p.q.heads + p.k.heads + p.v.heads) < kParallelHeads ||
+      omp_get_max_threads() <= 1 || __atomic_load_n(&pool_lost, __ATOMIC_RELAXED))
+    return false;
+  __atomic_store_n(&pool_started, 1, __ATOMIC_RELAXED);
+  return true;
+}
 #endif
 
 const Level* chosen;  // by __atomic operations only
@@ -109,10 +119,7 @@ int qk_cpu_run(const qk_variant* variant, const qk_params* params) {
   const Level* level = current();
   if (!level) return -1;
 #ifdef _OPENMP
-  // Always the whole pool, which is torch's: a smaller team would make libgomp end threads.
-  if (p.tokens >= 2 && p.tokens * (p.q.heads + p.k.heads + p.v.heads) >= kParallelHeads &&
-      omp_get_max_threads() > 1 && !__atomic_load_n(&pool_lost, __ATOMIC_RELAXED)) {
-    __atomic_store_n(&pool_started, 1, __ATOMIC_RELAXED);
+  if (is_parallel(p)) {
 #pragma omp parallel
     {
       long long threads = omp_get_num_threads(), i = omp_get_thread_num();
@@ -123,5 +130,62 @@ int qk_cpu_run(const qk_variant* variant, const qk_params* params) {
   }
 #endif
   if (p.tokens > 0) level->run(v, p, 0, p.tokens);
+  return 0;
+}
+
+namespace {
+
+// The rows of partial sums of columns [begin, end) of a sum, in order and in double.
+void add_rows(const float* parts, long long rows, long long count, long long begin, long long end,
+              float* sum) {
+  enum { kColumns = 32 };
+  for (long long first = begin; first < end; first += kColumns) {
+    const int columns = end - first < kColumns ? (int)(end - first) : kColumns;
+    double total[kColumns] = {};
+    for (long long row = 0; row < rows; row++)
+      for (int c = 0; c < columns; c++) total[c] += parts[row * count + first + c];
+    for (int c = 0; c < columns; c++) sum[first + c] = (float)total[c];
+  }
+}
+
+// One of `threads` shares of the sums.
+void add_share(const qk_grads& g, long long thread, long long threads) {
+  const qk_side_grads* const sides[] = {&g.q, &g.k, &g.v};
+  for (const qk_side_grads* s : sides) {
+    const struct {
+      float *sum, *parts;
+      long long count;
+    } sums[] = {{s->dweight, s->dweight_parts, s->dweight_count},
+                {s->dbias, s->dbias_parts, s->dbias_count}};
+    for (const auto& sum : sums)
+      if (sum.sum)
+        add_rows(sum.parts, g.partials, sum.count, sum.count * thread / threads,
+                 sum.count * (thread + 1) / threads, sum.sum);
+  }
+}
+
+}  // namespace
+
+int qk_cpu_backward(const qk_variant* variant, const qk_params* params, const qk_grads* grads) {
+  const qk_variant& v = *variant;
+  const qk_params& p = *params;
+  const qk_grads& g = *grads;
+  const Level* level = current();
+  if (!level) return -1;
+#ifdef _OPENMP
+  if (is_parallel(p) && g.partials > 1) {
+#pragma omp parallel
+    {
+      const long long threads = omp_get_num_threads(), i = omp_get_thread_num();
+      const long long begin = g.partials * i / threads, end = g.partials * (i + 1) / threads;
+      if (begin < end) level->backward(v, p, g, begin, end);
+#pragma omp barrier
+      add_share(g, i, threads);
+    }
+    return 0;
+  }
+#endif
+  level->backward(v, p, g, 0, g.partials);
+  add_share(g, 0, 1);
   return 0;
 }

@@ -6,3 +6,8 @@
 void qk::run_scalar(const qk_variant& v, const qk_params& p, long long begin, long long end) {
   run_tokens<Portable>(v, p, begin, end);
 }
+
+void qk::backward_scalar(const qk_variant& v, const qk_params& p, const qk_grads& g,
+                         long long begin, long long end) {
+  backward_blocks<Portable>(v, p, g, begin, end);
+}

@@ -22,21 +22,28 @@ class Turns {
     static F round(F x) { return V::template round<kType>(x); }
   };
 
-  Turns(const qk_variant& v, const qk_params& p)
+  // back: the transpose, which takes gradients of what a rotation writes to those of what it reads.
+  Turns(const qk_variant& v, const qk_params& p, bool back)
       : variant_(v), params_(p), half_(v.rotary_dim / 2), blocks_((v.head_dim + N - 1) / N) {
     for (int j = 0; j < half_ && v.angle == QK_ANGLE_PHASE; j++) {
       __builtin_memcpy(lo_ + j, &p.frac[j].lo, 4);
       __builtin_memcpy(hi_ + j, &p.frac[j].hi, 4);
     }
     for (int c = 0; c < blocks_ * N; c++)
-      own_[c] = partner_[c] = c, entry_[c] = 0, turning_[c] = 0, sign_[c] = 1;
+      own_[c] = partner_[c] = c, cos_at_[c] = sin_at_[c] = 0, turning_[c] = 0, sign_[c] = 1;
     for (int j = 0; j < half_; j++) {
       const qk_pair& pair = p.pairs[j];
       // A cache has a row for the position on each axis.
       const int at = p.table_rows > 0 ? pair.axis * kRow + j : j;
       const float sign = v.reverse && v.angle == QK_ANGLE_TABLE ? -1.0f : 1.0f;
-      set_channel(pair.out_a, pair.a, pair.b, p.table_full ? pair.table_a : at, -sign);
-      set_channel(pair.out_b, pair.b, pair.a, p.table_full ? pair.table_b : at, sign);
+      const int at_a = p.table_full ? pair.table_a : at, at_b = p.table_full ? pair.table_b : at;
+      if (back) {
+        set_channel(pair.a, pair.out_a, pair.out_b, at_a, at_b, sign);
+        set_channel(pair.b, pair.out_b, pair.out_a, at_b, at_a, -sign);
+      } else {
+        set_channel(pair.out_a, pair.a, pair.b, at_a, at_a, -sign);
+        set_channel(pair.out_b, pair.b, pair.a, at_b, at_b, sign);
+      }
       moves_ = moves_ || pair.out_a != pair.a || pair.out_b != pair.b;
     }
     for (int b = 0; b < blocks_; b++) ways_[b] = way_of(b * N);
@@ -59,8 +66,8 @@ class Turns {
     }
     for (int b = 0, c = 0; b < blocks_; b++, c += N) {
       if (ways_[b].how == kStays) continue;
-      const F x = V::gather(cos_entry_, entry_ + c);
-      const F y = mul(V::gather(sin_entry_, entry_ + c), V::load(sign_ + c));
+      const F x = V::gather(cos_entry_, cos_at_ + c);
+      const F y = mul(V::gather(sin_entry_, sin_at_ + c), V::load(sign_ + c));
       V::store(cos_[0] + c, x), V::store(cos_[1] + c, Round::round(x));
       V::store(sin_[0] + c, y), V::store(sin_[1] + c, Round::round(y));
     }
@@ -94,15 +101,16 @@ class Turns {
   const int half_, blocks_;
   bool moves_ = false;  // pairs are written elsewhere than read
   Way ways_[kWidth / N];
-  alignas(64) int own_[kWidth], partner_[kWidth], entry_[kWidth];
+  alignas(64) int own_[kWidth], partner_[kWidth], cos_at_[kWidth], sin_at_[kWidth];
   alignas(64) float turning_[kWidth], sign_[kWidth];        // turning_: bit 30 of an integer
   alignas(64) float lo_[kRow], hi_[kRow], position_[kRow];  // the bits of integers
   alignas(64) float cos_entry_[QK_MAX_AXES * kRow], sin_entry_[QK_MAX_AXES * kRow];
   alignas(64) float cos_[2][kWidth], sin_[2][kWidth];  // as they are, and rounded; sin signed
 
-  void set_channel(int out, int own, int partner, int entry, float sign) {
+  void set_channel(int out, int own, int partner, int cos, int sin, float sign) {
     const int turns = 0x40000000;
-    own_[out] = own, partner_[out] = partner, entry_[out] = entry, sign_[out] = sign;
+    own_[out] = own, partner_[out] = partner, sign_[out] = sign;
+    cos_at_[out] = cos, sin_at_[out] = sin;
     __builtin_memcpy(turning_ + out, &turns, 4);
   }
 

@@ -134,5 +134,22 @@ QK_FN void rotate(F a, F b, F ca, F sa, F cb, F sb, F& ya, F& yb) {
   yb = fma(b, cb, mul(a, sb));
 }
 
+// ---- gradients ----------------------------------------------------------------------------------
+
+// The transpose of rotate: from the gradients of (ya, yb) to those of (a, b).
+template <class F>
+[[maybe_unused]] QK_FN void rotate_back(F dya, F dyb, F ca, F sa, F cb, F sb, F& da, F& db) {
+  da = fma(dya, ca, mul(dyb, sb));
+  db = fma(dyb, cb, neg(mul(dya, sa)));
+}
+
+// From the gradient g of (x - mean) * rstd * weight to that of x, with n = (x - mean) * rstd and
+// gx = g * weight. `along` is the average of gx * n (an l2 norm: the sum), `mean` that of gx
+// (LayerNorm; else 0), over the channels that share the statistic.
+template <class F>
+[[maybe_unused]] QK_FN F normalise_back(F gx, F n, F along, F mean, F rstd) {
+  return mul(add(fma(neg(n), along, gx), neg(mean)), rstd);
+}
+
 }  // namespace qk
 #endif

@@ -113,6 +113,26 @@ typedef struct {
   int early_weights;  // CUDA: nothing on this stream can have written the weights
 } qk_params;
 
+// What the backward has of one of q, k and v beside its qk_side, whose y is where dx goes. A sum is
+// contiguous: rows of weight_dim floats, one for all heads or (a head stride that is not 0) one
+// each.
+typedef struct {
+  const void* dy;  // the gradient of the output: shape and dtype of x, last stride 1
+  long long dy_head, dy_dim[QK_MAX_DIMS];
+  float *dweight, *dbias;              // null: not wanted
+  long long dweight_head, dbias_head;  // weight_dim or 0
+  // Partial sums of the tokens of one block each: row r of dweight_parts is at r * dweight_count.
+  float *dweight_parts, *dbias_parts;
+  long long dweight_count, dbias_count;  // elements of a sum
+} qk_side_grads;
+
+typedef struct {
+  qk_side_grads q, k, v;
+  // Rows of partial sums: on a CPU one for each block of tokens; on CUDA how many there is room
+  // for.
+  long long partials;
+} qk_grads;
+
 // ---- CUDA: the same call laid out for a launch, what every warp reads first and together -------
 
 // Strides are in bytes. The warps of a block are slots of one token, next to each other: those

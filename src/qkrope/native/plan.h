@@ -54,6 +54,10 @@ typedef struct {
   long long rotate_from, rotate_to;  // rotate_to < 0: to the end
   int early_weights;
   int as_cuda;  // check as if the tensors were on CUDA: for the emulator of the tests
+  // The gradients' call: q_out, k_out and v_out are where those of q, k and v go.
+  int backward;
+  const DLTensor *q_dy, *k_dy, *v_dy, *q_dweight, *k_dweight, *v_dweight, *q_dbias, *k_dbias;
+  const DLTensor* workspace;
 } qk_call;
 
 // A call as the kernels see it: one part, or two where q and k walk different tokens or turn by
@@ -63,11 +67,17 @@ typedef struct {
   qk_params part[3];
   int num_parts;
   int device_type, device_id;
-  int general;  // CUDA: one of the parts is, or what the plain kernel does not run
+  int general;        // CUDA: one of the parts is, or what the plain kernel does not run
+  qk_grads grads[3];  // of each part, where the call is a backward; else undefined
 } qk_checked;
 
 // check.c. 0, or -1 with a TypeError or ValueError raised that names argument, got and expected.
+// A backward's variant rounds once, whatever the Spec does: its casts count as the identity.
 int qk_check(const qk_call* call, qk_checked* out);
+
+// check_backward.c. Rows of partial sums through which the gradients of weights and biases of so
+// many tokens are summed: one function for all who allocate or fill a workspace. num_sms 0: a CPU.
+long long qk_partials(const qk_plan* plan, long long tokens, int num_sms);
 
 // frac.cpp: n frequencies (float32 or float64, radians a position) as fractions of a turn, of the
 // turn back where `reverse` is set.
@@ -111,6 +121,10 @@ void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked
 void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* call,
                         const qk_params* part, qk_launch_general* launch, qk_grid* grid,
                         long long* answer);
+// launch_backward.c. As qk_cuda_run; a part without tokens writes nothing, no sums either.
+int qk_launch_backward(const qk_plan* plan, const qk_checked* call, void* stream,
+                       long long* answer);
+long long qk_cuda_partials(const qk_plan* plan, long long tokens, int num_sms);
 // What the two share.
 void qk_fill_launch(const qk_params* part, int item, const qk_frac* frac, qk_launch* launch);
 int qk_choose_kernel(const qk_kernels* kernels, int aligned, int q_heads, int k_heads,
