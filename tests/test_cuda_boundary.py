@@ -322,7 +322,7 @@ def test_kernels_and_grids(tmp_path: Path) -> None:
         "qkrope_vector4 1 2048 1 32 3 0",
         "qkrope_vector1 3 4096 1 32 4 0",
         "qkrope_scalar 4 32 1 32 3 115712",
-        "qkrope_scalar 1 64 1 32 2 115712",
+        "qkrope_scalar 1 32 1 32 2 115712",
     ]
 
 

@@ -21,7 +21,7 @@ import torch
 
 from . import _native, cpu, ops
 from .extras import NAMES, Tensor
-from .plan import Plan
+from .plan import Plan, once_of, refuse_no_spec
 from .spec import Spec
 
 __all__ = ["NAMES", "qk_norm_rope_backward"]
@@ -70,8 +70,9 @@ def qk_norm_rope_backward(
     extras["out"] = dx[:2]
     if v is not None:
         extras |= {"v": v, "v_weight": v_weight, "out": dx}
+    refuse_no_spec(spec)
     plan, (_, *operands) = ops._prepare(
-        None, None, q, k, q_weight, k_weight, positions, spec, extras
+        None, None, q, k, q_weight, k_weight, positions, once_of(spec), extras
     )
     operands += _ABSENT[len(operands) :]
     columns = sum(s.numel() for s in sums if s is not None)

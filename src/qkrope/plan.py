@@ -97,3 +97,12 @@ def bare_of(spec: Spec) -> Spec:
     if spec._bare is None:
         object.__setattr__(spec, "_bare", replace(spec, rope=replace(spec.rope, scaling=None)))
     return spec._bare
+
+
+def once_of(spec: Spec) -> Spec:
+    """The Spec without casts on the way: what a backward runs, to which they are the identity."""
+    if spec.rounding == "once":
+        return spec
+    if spec._once is None:
+        object.__setattr__(spec, "_once", replace(spec, rounding="once"))
+    return spec._once

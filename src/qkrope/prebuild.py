@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import _native
-from .plan import bare_of, plan_of
+from ._limits import flag
+from .plan import Plan, bare_of, once_of, plan_of
 from .spec import Spec
 from .variant import DTYPES, Variant
 
@@ -34,16 +35,19 @@ def warmup(
     weight_dtype: torch.dtype | None = None,
     *,
     seq_len: int | None = None,
+    backward: bool = False,
 ) -> None:
     """Compile and load now everything that calls with ``spec`` and these dtypes will run.
 
     Needed before a CUDA graph is captured. ``weight_dtype`` is that of q_weight and k_weight, by
     default ``dtype``. On a CPU there is nothing to compile: the library is loaded and the Spec
     checked. DynamicNTK and LongRoPE make one table for each length they resolve to: this call
-    makes that of ``seq_len``, else of ``max_position_embeddings``.
+    makes that of ``seq_len``, else of ``max_position_embeddings``. ``backward``: also what the
+    gradients of such calls run.
     """
     where = torch.device(device)
-    plan = plan_of(spec, seq_len)
+    plan_of(spec, seq_len)
+    flag("backward", backward)
     dtype_name("dtype", dtype)
     if weight_dtype is not None:
         dtype_name("weight_dtype", weight_dtype)
@@ -54,12 +58,14 @@ def warmup(
             raise ValueError(f"device: got {where}, expected one that is here: no CUDA device is")
         from .cuda import launch
 
-        bare = plan_of(bare_of(spec))
-        owners = {
-            _variant(spec, dtype, weight_dtype, angle, general): bare if angle == "table" else plan
-            for angle in (("phase", "inv_freq", "table") if spec.rotary_dim else ("none",))
-            for general in (False, True)
-        }
+        owners: dict[Variant, Plan] = {}
+        for back in (False, True) if backward else (False,):
+            own = once_of(spec) if back else spec
+            plan, bare = plan_of(own, seq_len), plan_of(bare_of(own))
+            for angle in ("phase", "inv_freq", "table") if spec.rotary_dim else ("none",):
+                for general in (False, True):
+                    variant = _variant(own, dtype, weight_dtype, angle, general, back)
+                    owners[variant] = bare if angle == "table" else plan
         launch.compile_ahead(owners, _index(where))
         for variant, owner in owners.items():
             launch.build(owner, launch.slot_key(variant, _index(where)))
@@ -73,10 +79,11 @@ def _variant(
     weight_dtype: torch.dtype | None,
     angle: str,
     general: bool = False,
+    backward: bool = False,
 ) -> Variant:
     name = dtype_name("dtype", dtype)
     weight = dtype_name("weight_dtype", weight_dtype) if weight_dtype is not None else name
-    return Variant.of(spec, name, weight, weight, angle, general)
+    return Variant.of(spec, name, weight, weight, angle, general, backward)
 
 
 def _index(device: torch.device) -> int:

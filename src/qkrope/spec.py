@@ -74,6 +74,7 @@ class Spec:
     # What calls keep on an instance (see qkrope.plan); no part of its value.
     _plan: ClassVar[Any] = None
     _bare: ClassVar[Any] = None
+    _once: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__

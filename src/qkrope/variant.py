@@ -53,6 +53,7 @@ class Variant:
     k_weight: str
     angle: str
     options: Options | None = None  # of the general kernel; None: the plain one
+    backward: bool = False  # the kernels of the gradients
 
     def __post_init__(self) -> None:
         # Twins of the static_asserts in kernel.cu.
@@ -76,6 +77,7 @@ class Variant:
         k_weight: str | None,
         angle: str,
         general: bool = False,
+        backward: bool = False,
     ) -> Variant:
         """The variant that runs ``spec``; a weight that is not given has the activations' dtype.
 
@@ -97,6 +99,7 @@ class Variant:
             k_weight=dtype if general else k_weight or dtype,
             angle=angle,
             options=Options.of(spec) if general else None,
+            backward=backward,
         )
 
     @property
@@ -124,14 +127,22 @@ class Variant:
         """The kernels of this variant: the fast ones by the heads a group of lanes serves, and the
         one for rows of any alignment.
         """
+        if self.backward:
+            return (*self._vectors, "scalar", "sums")
+        return (*self._vectors, "scalar")
+
+    @property
+    def _vectors(self) -> tuple[str, ...]:
         if not self.vector_bytes:
-            return ("scalar",)
-        if self.options is not None and self.options.has_rows:
-            simple = self.options.simple_rows and self.lane_units == 1
-            return ("vector1", *(("vector2",) if simple else ()), "scalar")
+            return ()
+        if self.backward and self.options is None:
+            return ("vector2",) if self.lane_units == 1 else ("vector1",)
+        if self.options is not None and (self.options.has_rows or self.backward):
+            simple = not self.backward and self.options.simple_rows and self.lane_units == 1
+            return ("vector1", "vector2") if simple else ("vector1",)
         if self.options is not None:
-            return ("vector1", "vector4" if self.lane_units == 1 else "vector2", "scalar")
-        return ("vector1", "vector2", *(("vector4",) if self.lane_units == 1 else ()), "scalar")
+            return ("vector1", "vector4" if self.lane_units == 1 else "vector2")
+        return ("vector1", "vector2", *(("vector4",) if self.lane_units == 1 else ()))
 
     def _vector_bytes(self) -> int:
         """The same of the general kernel, whose lanes it goes through."""
@@ -163,6 +174,8 @@ class Variant:
             "ANGLE": ANGLES.index(self.angle),
             "VECTOR_BYTES": self.vector_bytes,
         }
+        if self.backward:
+            values["BACKWARD"] = 1
         if self.options is not None:
             for name in ("Q_NORM", "K_NORM", "Q_WEIGHT", "K_WEIGHT"):
                 del values[name]

@@ -1,13 +1,17 @@
 // run.h: after the kernels of a variant, whose table KERNELS lists by the numbers of plan.h.
 namespace emulated {
 
-using Kernel = void (*)(const Launch);
+using Kernel = void (*)(const void*);
+template <class Launch, void (*kKernel)(const Launch)>
+static void call(const void* launch) {
+  kKernel(*(const Launch*)launch);
+}
 static const Kernel kernels[] = {KERNELS};
 static Kernel kernel;
-static const Launch* launch;
+static const void* launch;
 
 static void start() {
-  kernel(*launch);
+  kernel(launch);
   lanes[current].state = kDone;
 }
 
@@ -18,7 +22,7 @@ extern "C" const char* qk_emulate(int function, const unsigned* grid, const unsi
                                   const void* launch) {
   using namespace emulated;
   kernel = kernels[function];
-  emulated::launch = (const Launch*)launch;
+  emulated::launch = launch;
   problem = kernel ? nullptr : "no such kernel";
   if (block[0] != kWarp || block[1] * kWarp > kMost || block[2] != 1) problem = "block";
   gridDim = {grid[0], grid[1], grid[2]}, blockDim = {block[0], block[1], block[2]};

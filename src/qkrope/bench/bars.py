@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from .. import _native
+from ..cuda import compile as compiling
 from ..spec import Norm, Rope, Spec
-from . import timing
+from . import gradients, timing
 from .data import Inputs, another_buffer, make_inputs, stationary
 from .machine import environment
 from .runner import COLD_BYTES, call
@@ -44,6 +45,7 @@ class Bar:
     pairing: str = "half"
     dtype: str = "bfloat16"
     norm: Norm = Norm()
+    backward: str = ""  # "x": gradients of q and k; "weights": of the weights too
 
     @property
     def shape(self) -> Shape:
@@ -84,28 +86,52 @@ BARS: tuple[Bar, ...] = (
     Bar("row 40/40/40", (40, 40, 40), 128, 4096, "cold", 1.10, pairing="interleaved", norm=_ROW),
     Bar("row 48/8/8", (48, 8, 8), 128, 4096, "cold", 1.10, rotary=64, norm=_ROW),
     Bar("layer 48/48/48 x 64", (48, 48, 48), 64, 4096, "cold", None, norm=Norm("layer")),
+    Bar("backward 1024 cold", _QWEN, 128, 1024, "cold", 1.35, backward="weights"),
+    Bar("backward 4096 cold", _QWEN, 128, 4096, "cold", 1.14, backward="weights"),
+    Bar("backward 16384 cold", _QWEN, 128, 16384, "cold", 1.06, backward="weights"),
+    Bar("backward 1024 cold, of x", _QWEN, 128, 1024, "cold", None, backward="x"),
+    Bar("backward 4096 cold, of x", _QWEN, 128, 4096, "cold", None, backward="x"),
+    Bar(
+        *("backward 4096 interleaved", _QWEN, 128, 4096, "cold", None),
+        pairing="interleaved",
+        backward="weights",
+    ),
+    Bar("backward float32 4096", _QWEN, 128, 4096, "cold", None, dtype="float32", backward="x"),
 )
 
 
-def buffers_of(bar: Bar) -> list[Inputs]:
+Buffer = Inputs | gradients.Rows
+
+
+def _bytes_of(bar: Bar) -> int:
+    """What a call moves: each element read and written, of a backward with one more read."""
+    twice = bar.shape.bytes_moved(bar.tokens, 4 if bar.dtype == "float32" else 2)
+    return twice * 3 // 2 if bar.backward else twice
+
+
+def buffers_of(bar: Bar) -> Sequence[Buffer]:
     """The rotation of a case: two buffers hot, at least 300 MB of them cold."""
-    first = stationary(
-        make_inputs(bar.shape, bar.tokens, getattr(torch, bar.dtype), torch.device("cuda"))
-    )
-    once = bar.shape.bytes_moved(bar.tokens, first.qkv.element_size()) / 2
-    count = 2 if bar.cache == "hot" else max(2, math.ceil(COLD_BYTES / once))
+    dtype, device = getattr(torch, bar.dtype), torch.device("cuda")
+    held = _bytes_of(bar) if bar.backward else _bytes_of(bar) / 2  # by a buffer
+    count = 2 if bar.cache == "hot" else max(2, math.ceil(COLD_BYTES / held))
+    if bar.backward:
+        return gradients.make_rows(bar.shape, bar.tokens, dtype, device, count)
+    first = stationary(make_inputs(bar.shape, bar.tokens, dtype, device))
     return [first] + [another_buffer(first) for _ in range(count - 1)]
 
 
-def graph(bar: Bar, calls: Sequence[Callable[[], object]]) -> timing.Measure:
+def graph(bar: Bar, buffers: Sequence[Any]) -> timing.Measure:
     """One graph of the rotation."""
-    moved = bar.shape.bytes_moved(bar.tokens, 2)
-    return timing.graph_measure(calls, timing.launches_for(len(calls), moved / 3e6))
+    weights = bar.backward == "weights"
+    calls = [gradients.call(b, weights) if bar.backward else call(b) for b in buffers]
+    return timing.graph_measure(calls, timing.launches_for(len(calls), _bytes_of(bar) / 3e6))
 
 
-def sweep_measure(bar: Bar, buffers: Sequence[Inputs]) -> timing.Measure:
+def sweep_measure(bar: Bar, buffers: Sequence[Any]) -> timing.Measure:
     """The yardstick of a case."""
-    launches = timing.launches_for(len(buffers), bar.shape.bytes_moved(bar.tokens, 2) / 3e6)
+    launches = timing.launches_for(len(buffers), _bytes_of(bar) / 3e6)
+    if bar.backward:
+        return gradients.sweep_measure(buffers, launches)
     return device_sweep_measure(buffers, launches, pdl=True)
 
 
@@ -113,10 +139,7 @@ def sweep_measure(bar: Bar, buffers: Sequence[Inputs]) -> timing.Measure:
 def measure(bar: Bar, rounds: int = 9) -> dict[str, float]:
     """Median microseconds of kernel and sweep, and the median of their ratio round by round."""
     buffers = buffers_of(bar)
-    measures = {
-        "kernel": graph(bar, [call(b) for b in buffers]),
-        "sweep": sweep_measure(bar, buffers),
-    }
+    measures = {"kernel": graph(bar, buffers), "sweep": sweep_measure(bar, buffers)}
     samples = timing.interleaved(measures, rounds=rounds, budget_s=5.0)
     kernel, sweep = samples["kernel"], samples["sweep"]
     return {"us": kernel.median, "sweep_us": sweep.median, "ratio": kernel.ratio(sweep)}
@@ -127,17 +150,22 @@ WARPS = (1, 2, 3, 4, 5, 6, 8, 10, 20)
 
 @torch.no_grad()
 def try_grids(bar: Bar, rounds: int = 5) -> dict[str, float]:
-    """Median microseconds of "sweep", of "rule", and of every "rows/warps a block" there is."""
+    """Median microseconds of "sweep", of "rule", and of every "rows/warps a block" there is; of a
+    backward, of the grids that `gradients.GRIDS` explains.
+    """
     buffers = buffers_of(bar)
-    measures = {"sweep": sweep_measure(bar, buffers)}
-    force = _native.lib().force_grid
-    most = 4 if bar.head_dim <= 256 else 2  # QK_PASSES
-    grids = [(r, w) for r in (1, 2, 4) if r <= most for w in WARPS]
-    for rows, warps in [(0, 0), *grids]:
-        force(rows, warps)
-        key = f"{rows}/{warps}" if rows else "rule"
-        measures[key] = graph(bar, [call(b) for b in buffers])
-    force(0, 0)
+    measures = {"sweep": sweep_measure(bar, buffers), "rule": graph(bar, buffers)}
+    if bar.backward:
+        for grid in gradients.GRIDS:
+            with gradients.forced(grid):
+                measures["/".join(map(str, grid))] = graph(bar, buffers)
+    else:
+        force = _native.lib().force_grid
+        most = 4 if bar.head_dim <= 256 else 2  # QK_PASSES
+        for rows, warps in [(r, w) for r in (1, 2, 4) if r <= most for w in WARPS]:
+            force(rows, warps)
+            measures[f"{rows}/{warps}"] = graph(bar, buffers)
+        force(0, 0)
     samples = timing.interleaved(measures, rounds=rounds, budget_s=5.0)
     return {key: samples[key].median for key in samples}
 
@@ -150,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grid", action="store_true", help="try every number of rows and warps")
     parser.add_argument("--out", type=Path, help="append one JSON line a case")
     options = parser.parse_args(argv)
+    compiling.tried = "#define QK_TRIED\n" if options.grid else ""
     wanted = options.only.split(",") if options.only else [""]
     bars = [bar for bar in BARS if any(text in bar.name for text in wanted)]
     facts = environment(torch.device("cuda"))

@@ -18,17 +18,13 @@ SCHEMA = 1
 STANDARD = "c++17"
 _COMMON = ("params.h", "math.h", "ptx.cuh", "lanes.cuh")
 _PLAIN = (*_COMMON, "rows.cuh", "turns.cuh", "kernel.cu")
-_GENERAL = (
-    *_COMMON,
-    "channels.cuh",
-    "options.cuh",
-    "angles.cuh",
-    "heads.cuh",
-    "team.cuh",
-    "general.cu",
-)
+_BACKWARD = (*_COMMON, "rows.cuh", "turns.cuh", "backward.h", "sums.cuh", "backward.cu")
+_OPTIONS = (*_COMMON, "channels.cuh", "options.cuh", "angles.cuh", "heads.cuh")
+_GENERAL = (*_OPTIONS, "place.cuh", "team.cuh", "general.cu")
+_BACKWARD_GENERAL = (*_OPTIONS, "backward.h", "sums.cuh", "backward_general.cu")
 _COMPILERS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 _INSTALL = "pip install qkrope[cuda]"
+tried = ""  # "#define QK_TRIED\n": the backward's other forms too, for the bench that tries them
 
 
 # Named tuples here and in cache.py: five times as fast to define as dataclasses, at each start.
@@ -68,7 +64,13 @@ def _body(names: tuple[str, ...]) -> str:
 
 def source(variant: Variant) -> str:
     """The complete translation unit of a variant."""
-    return variant.macros() + _body(_PLAIN if variant.options is None else _GENERAL)
+    sources = {
+        (False, False): _PLAIN,
+        (True, False): _GENERAL,
+        (False, True): _BACKWARD,
+        (True, True): _BACKWARD_GENERAL,
+    }[variant.options is not None, variant.backward]
+    return (tried if variant.backward else "") + variant.macros() + _body(sources)
 
 
 @cache

@@ -20,6 +20,7 @@ _loaded: dict[tuple[Variant, int], int] = {}
 _ahead: dict[tuple[Variant, int], bytes] = {}  # compiled, not loaded yet
 _bound: set[tuple[int, int]] = set()
 _native: Any = None
+_DEVICES = 1 << 16  # a key has the device in 16 bits, and above them whether it is of a backward
 
 
 def qk_norm_rope(plan: Any, *operands: Any) -> None:
@@ -40,11 +41,19 @@ def qk_norm_rope(plan: Any, *operands: Any) -> None:
 
 def qk_norm_rope_backward(plan: Any, *operands: Any) -> None:
     """Run the gradients of one call; ``operands`` likewise."""
+    run = entry(False, "qk_norm_rope_backward")
     try:
-        entry(False, "qk_norm_rope_backward")(plan.handle, *operands)
+        answer = run(plan.handle, *operands)
     except RuntimeError as error:
         refuse_foreign(operands, error)
         raise
+    if answer > 0:
+        build(plan, answer)
+        answer = run(plan.handle, *operands)
+        if answer > 0:
+            raise RuntimeError("a kernel that was just built is missing (a bug in qkrope)")
+    if answer:
+        warnings.warn(_SLOW[answer], RuntimeWarning, stacklevel=4)
 
 
 # What the native call says of a slow path, once a process each.
@@ -70,7 +79,7 @@ def build(plan: Any, key: int) -> None:
             "graph is being captured; call qkrope.warmup(spec, device, dtype) with the call's "
             "dtypes and seq_len, or make the call once, before the capture"
         )
-    variant, device = variant_of(plan.spec, key), key >> 16
+    variant, device = variant_of(plan.spec, key), key >> 16 & _DEVICES - 1
     with _lock:
         if (plan.handle, key) not in _bound:
             lib().cuda_bind(plan.handle, key, device, load(variant, device))
@@ -82,7 +91,8 @@ def variant_of(spec: Spec, key: int) -> Variant:
     dtype, q_weight, k_weight = (
         DTYPES[key >> at & mask] for at, mask in ((1, 7), (4, 15), (8, 15))
     )
-    return Variant.of(spec, dtype, q_weight, k_weight, ANGLES[key >> 12 & 7], bool(key >> 15 & 1))
+    angle, general, backward = ANGLES[key >> 12 & 7], bool(key >> 15 & 1), bool(key >> 32)
+    return Variant.of(spec, dtype, q_weight, k_weight, angle, general, backward)
 
 
 def slot_key(variant: Variant, device: int) -> int:
@@ -90,9 +100,9 @@ def slot_key(variant: Variant, device: int) -> int:
     numbers = (DTYPES.index(name) for name in (variant.dtype, variant.q_weight, variant.k_weight))
     dtype, q_weight, k_weight = numbers
     angle = ANGLES.index(variant.angle)
-    general = variant.options is not None
+    general, backward = variant.options is not None, int(variant.backward)
     weights = q_weight << 4 | k_weight << 8
-    return 1 | dtype << 1 | weights | angle << 12 | general << 15 | device << 16
+    return 1 | dtype << 1 | weights | angle << 12 | general << 15 | device << 16 | backward << 32
 
 
 def compile_ahead(variants: Iterable[Variant], device: int) -> None:

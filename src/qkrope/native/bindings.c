@@ -1,16 +1,12 @@
 // bindings.c: the functions Python calls, on the tvm-ffi C ABI.
 #include <stdlib.h>
 #include <string.h>
-#include <tvm/ffi/c_api.h>
 #include <tvm/ffi/extra/c_env_api.h>
 
+#include "bindings.h"
 #include "cpu_api.h"
 #include "plan.h"
 #include "repeat.h"
-
-#define EXPORT __attribute__((visibility("default")))
-#define FUNCTION(name) \
-  EXPORT int __tvm_ffi_##name(void* self, const TVMFFIAny* args, int32_t n, TVMFFIAny* result)
 
 static const char* type_name(int type_index) {
   switch (type_index) {
@@ -56,13 +52,6 @@ static const char* text_arg(const TVMFFIAny* arg) {
   if (arg->type_index == kTVMFFIStr)
     return ((const TVMFFIByteArray*)((const char*)arg->v_obj + sizeof(TVMFFIObject)))->data;
   return "";
-}
-
-static int return_int(TVMFFIAny* result, int64_t value) {
-  memset(result, 0, sizeof *result);
-  result->type_index = kTVMFFIInt;
-  result->v_int64 = value;
-  return 0;
 }
 
 static int return_text(TVMFFIAny* result, const char* text) {
@@ -221,7 +210,7 @@ FUNCTION(qk_norm_rope) {
 // without tokens are not written.
 enum { GRADIENTS = 9, CHECK_ONLY = 2 };
 
-static int read_backward(const TVMFFIAny* args, int n, qk_call* to) {
+int qk_read_backward(const TVMFFIAny* args, int n, qk_call* to) {
   static const char* names[] = {"dq_out",    "dk_out",  "dv_out",  "dq_weight", "dk_weight",
                                 "dv_weight", "dq_bias", "dk_bias", "workspace"};
   if (n != ALL + GRADIENTS)
@@ -243,7 +232,7 @@ FUNCTION(qk_norm_rope_backward) {
   (void)self;
   qk_call call;
   qk_checked checked;
-  if (read_backward(args, n, &call) || qk_check(&call, &checked)) return -1;
+  if (qk_read_backward(args, n, &call) || qk_check(&call, &checked)) return -1;
   long long answer = 0;
   if (args[1].v_int64 & CHECK_ONLY) return return_int(result, 0);
   if (checked.device_type == kDLCPU) {

@@ -183,12 +183,6 @@ __device__ __forceinline__ void run(const qk_launch& p) {
   serve<kBytes, kRows>(p, work);
 }
 
-// A lane's runs are aligned and consecutive where both halves of the rotated part and of the rest
-// are whole numbers of them.
-[[maybe_unused]] constexpr bool kRuns =
-    QK_UNITS(kHeadDim) % kUnits == 0 &&
-    (kHalf ? kRotatedPairs % kCount == 0 && kPairs % kCount == 0 : kHeadDim % 8 == 0);
-
 // Registers a thread may have, so that the warps of this call and of the next fit beside each other
 // (docs/kernel.md); where a layout needs more than the plain one, what spills nowhere.
 [[maybe_unused]] constexpr bool kPlain = kUnits == 1 && kPowerOfTwo && !kPartly &&

@@ -4,6 +4,10 @@
 #include "params.h"
 #include "ptx.cuh"
 
+#ifndef QK_BACKWARD
+#define QK_BACKWARD 0
+#endif
+
 namespace {
 
 constexpr int kHeadDim = QK_HEAD_DIM, kRotary = QK_ROTARY_DIM;
@@ -12,7 +16,7 @@ constexpr int kPairs = kHeadDim / 2, kRotatedPairs = kRotary / 2;
 constexpr int kUnits = QK_LANE_UNITS(kHeadDim);
 constexpr int kLanes = QK_LANES(kHeadDim);
 constexpr int kGroups = QK_GROUPS(kHeadDim);
-constexpr int kPasses = QK_PASSES(kHeadDim);
+[[maybe_unused]] constexpr int kPasses = QK_PASSES(kHeadDim);
 constexpr int kCount = kUnits * 4;  // pairs a lane
 // Frequencies are held from before the wait, except where that would cost a spill.
 [[maybe_unused]] constexpr bool kEarlyFrac = kUnits != 2;

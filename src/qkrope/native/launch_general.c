@@ -2,7 +2,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "plan.h"
+#include "launch.h"
 
 _Static_assert(sizeof(qk_launch_general) <= 4096, "the parameters of a kernel, on any driver");
 
@@ -47,8 +47,8 @@ static void fill_side(const qk_params* p, const qk_side* from, int item, int wei
   }
 }
 
-static void fill(const qk_variant* v, const qk_params* p, const qk_frac* frac,
-                 qk_launch_general* out) {
+void qk_fill_general(const qk_variant* v, const qk_params* p, const qk_frac* frac,
+                     qk_launch_general* out) {
   const qk_side* sides[] = {&p->q, &p->k, &p->v};
   const int weights[] = {v->q_weight_dtype, v->k_weight_dtype, v->v_weight_dtype};
   const int item = size_of(v->dtype);
@@ -65,11 +65,9 @@ static void fill(const qk_variant* v, const qk_params* p, const qk_frac* frac,
   out->rotate_to = (unsigned)p->rotate_to;
 }
 
-// Whether rows, weights and biases may be read by the variant's vector loads.
-static int is_aligned(const qk_checked* c, qk_launch_general* p) {
-  const qk_variant* v = &c->variant;
+int qk_is_aligned_general(const qk_variant* v, qk_launch_general* p, long long more_bits) {
   const int lane = QK_LANE_UNITS(v->head_dim) * 4 * (v->pairing == QK_INTERLEAVED ? 2 : 1);
-  long long rows = 0, eights = 0, sixteens = 0;
+  long long rows = more_bits, eights = 0, sixteens = 0;
   for (int i = 0; i < SIDES; ++i) {
     const qk_launch_side* s = side_of(p, i);
     const qk_launch_extra* more = &p->more[i];
@@ -99,7 +97,7 @@ static int is_aligned(const qk_checked* c, qk_launch_general* p) {
   return !(eights & 7) && !(sixteens & 15);
 }
 
-static int is_row(const qk_side_variant* s) { return s->row && s->norm != QK_NORM_NONE; }
+int qk_is_row(const qk_side_variant* s) { return s->row && s->norm != QK_NORM_NONE; }
 
 // A norm of whole rows: as many warps for a token as hold all its heads at once, or the most there
 // may be. That depends on the number of heads only, so that no batch changes a sum.
@@ -156,12 +154,12 @@ void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk
   const qk_variant* v = &c->variant;
   const int head_dim = v->head_dim;
   int rows;
-  fill(v, params, frac, p);
-  const int aligned = is_aligned(c, p);
+  qk_fill_general(v, params, frac, p);
+  const int aligned = qk_is_aligned_general(v, p, 0);
   out->function = qk_choose_kernel(kernels, aligned, p->plain.side[Q].heads,
                                    p->plain.side[K].heads + p->v.heads, p->plain.tokens, head_dim,
                                    v->dtype == QK_F32 ? 4 : 2, &rows, answer);
-  if (is_row(&v->q) || is_row(&v->k) || is_row(&v->v)) {
+  if (qk_is_row(&v->q) || qk_is_row(&v->k) || qk_is_row(&v->v)) {
     if (out->function != QK_SCALAR) out->function = is_simple_row(kernels, c, p);
     if (out->function == FAST_TEAM)
       shape_teams(kernels, c, QK_FAST_TEAM_ROWS(head_dim, size_of(v->dtype)), QK_FAST_TEAM_WARPS, p,

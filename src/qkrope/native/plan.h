@@ -11,9 +11,10 @@ extern "C" {
 #endif
 
 // One loaded cubin.
-enum { QK_SCALAR = 3, QK_KERNELS = 4 };
+enum { QK_SCALAR = 3, QK_SUMS = 4, QK_KERNELS = 5 };
 typedef struct {
-  void* function[QK_KERNELS];  // CUfunction: vector of 1, 2, 4 rows (null: none), scalar
+  // CUfunction, null: none. Vector of 1, 2, 4 rows; scalar; sums of a backward's rows.
+  void* function[QK_KERNELS];
   int num_sms, shared_bytes, reserved_bytes;
 } qk_kernels;
 
@@ -115,7 +116,7 @@ int qk_grid_epoch(void);  // another number whenever the grid was forced or set 
 int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms);
 int qk_block_warps(int slots, long long walks, int head_dim, int rows, int num_sms);
 
-// The launch of one part, laid out: launcher.c, and launch_general.c where qk_checked.general.
+// The launch of one part, laid out: launch_plain.c, and launch_general.c where qk_checked.general.
 void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* call,
                 const qk_params* part, qk_launch* launch, qk_grid* grid, long long* answer);
 void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* call,

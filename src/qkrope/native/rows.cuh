@@ -8,9 +8,10 @@ namespace {
 constexpr bool kWholeLanes = kRotatedPairs % kCount == 0;
 
 constexpr bool kNormed = QK_Q_NORM == QK_NORM_RMS || QK_K_NORM == QK_NORM_RMS;
-// Where every channel turns, attention factor and a bad position's NaN go with the row's scale.
-constexpr bool kScaled =
-    kRotary == kHeadDim && kNormed && (QK_ANGLE == QK_ANGLE_PHASE || QK_ANGLE == QK_ANGLE_INV_FREQ);
+// Where every channel turns, attention factor and a bad position's NaN go with the row's scale,
+// which a gradient has none of.
+constexpr bool kScaled = !QK_BACKWARD && kRotary == kHeadDim && kNormed &&
+                         (QK_ANGLE == QK_ANGLE_PHASE || QK_ANGLE == QK_ANGLE_INV_FREQ);
 
 // The channels of pair j. The rotated pairs come first; the rest of the head is paired for company,
 // at the rotated pairs' distance where whole blocks of them fill it, so that a lane's two runs lie
@@ -93,6 +94,12 @@ struct Share {
   __device__ __forceinline__ static int place(int first) {
     return kBytes ? channel_a(first) * kSize : 0;
   }
+  // Bytes from a lane's a channels to its b channels: a constant for a fully rotated head.
+  __device__ __forceinline__ static int apart(int first) {
+    if (kRotary == 0 || kRotary == kHeadDim) return kPairs * kSize;
+    if (kBlocked) return kRotatedPairs * kSize;
+    return (first < kRotatedPairs ? kRotatedPairs : kPairs - kRotatedPairs) * kSize;
+  }
   __device__ __forceinline__ void load(const char* from, int first) {
     if constexpr (kBytes > 0) {
       if (kHalf) {
@@ -130,12 +137,6 @@ struct Share {
   }
 
  private:
-  // Bytes from a lane's a channels to its b channels: a constant for a fully rotated head.
-  __device__ __forceinline__ static int apart(int first) {
-    if (kRotary == 0 || kRotary == kHeadDim) return kPairs * kSize;
-    if (kBlocked) return kRotatedPairs * kSize;
-    return (first < kRotatedPairs ? kRotatedPairs : kPairs - kRotatedPairs) * kSize;
-  }
   __device__ __forceinline__ void put(int e, const char* base, int channel) {
     if (kSize == 4)
       words[e] = ((const unsigned*)base)[channel];
@@ -149,5 +150,11 @@ struct Share {
       ((unsigned short*)base)[channel] = (unsigned short)(words[e / 2] >> (e % 2 * 16));
   }
 };
+
+// A lane's runs are aligned and consecutive where both halves of the rotated part and of the rest
+// are whole numbers of them.
+[[maybe_unused]] constexpr bool kRuns =
+    QK_UNITS(kHeadDim) % kUnits == 0 &&
+    (kHalf ? kRotatedPairs % kCount == 0 && kPairs % kCount == 0 : kHeadDim % 8 == 0);
 
 }  // namespace

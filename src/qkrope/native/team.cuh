@@ -1,6 +1,6 @@
 // team.cuh: RMS norms of whole rows where a call brings nothing beyond weights. The warps of a team
 // share a token's heads; a lane holds kTeamRows heads, read once, and their weights with them.
-#include "heads.cuh"
+#include "place.cuh"
 
 namespace {
 

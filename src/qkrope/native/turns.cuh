@@ -58,7 +58,8 @@ struct Token {
   long long x, y, pos, cos, sin;
 };
 
-__device__ __forceinline__ Token locate(const qk_launch& p, int side, unsigned token) {
+[[maybe_unused]] __device__ __forceinline__ Token locate(const qk_launch& p, int side,
+                                                         unsigned token) {
   Token t = {0, 0, 0, 0, 0};
   if (p.ndim == 1 && QK_ANGLE != QK_ANGLE_TABLE) {
     t.x = token * p.side[side].x_token, t.y = token * p.side[side].y_token;
