@@ -26,7 +26,7 @@ XDIST := -n $(JOBS)
 CPU_ONLY := not gpu and not slow
 
 .PHONY: help venv lint format test test-slow test-tvm-ffi-min sanitize bench readme \
-        gpu-test gpu-bench clean
+        docs gpu-test gpu-bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -42,7 +42,7 @@ $(VENV)/.build: constraints.txt pyproject.toml
 $(VENV)/.package: $(VENV)/.build CMakeLists.txt $(NATIVE)
 	@echo 'Building qkrope; the first time this also downloads what it needs, torch among it.'
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q -c constraints.txt --no-build-isolation \
-	  -C cmake.define.QKROPE_WERROR=$(WERROR) -e '.[cuda,bench,test,dev]'
+	  -C cmake.define.QKROPE_WERROR=$(WERROR) -e '.[cuda,bench,test,dev,docs]'
 	@touch $@
 
 lint: venv ## ruff, clang-format and mypy, all in checking mode
@@ -93,8 +93,12 @@ bench: venv ## the CPU benchmark; records and a plot go to RESULTS
 	@mkdir -p $(RESULTS)
 	$(VENV)/bin/qkrope bench --out $(RESULTS)/cpu.jsonl --plot $(RESULTS)/cpu.png $(ARGS)
 
-readme: venv ## rewrite the README's tables from benchmarks/results
-	$(PY) -m qkrope.bench.tables README.md
+docs: venv ## the documentation into build/site: no broken link, nothing fetched
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	$(PY) tools/check_site.py build/site
+
+readme: venv ## rewrite the tables of the README and docs from benchmarks/results
+	$(PY) -m qkrope.bench.tables README.md $(wildcard docs/*.md)
 
 gpu-test: ## the GPU tests, where there is a GPU: builds into build/gpu, installs nothing else
 	GPU_PYTHON="$(GPU_PYTHON)" PYTEST_ARGS="$(ARGS)" tools/gpu.sh build test

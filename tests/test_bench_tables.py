@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qkrope.bench import plots, records, tables
+from qkrope.bench.shapes import PRODUCTION_SHAPES
 from test_bench import record
 
 
@@ -48,6 +49,51 @@ def test_tables_take_the_newest_and_say_where_from(tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert tables.main(arguments) == 0 and page.read_text() == text
     assert tables.main([*arguments, "--check"]) == 0
+
+
+FACTS = {"device_name": "a GPU", "driver": "580.1", "torch": "2", "qkrope": "1", "commit": "0123ab"}
+
+
+def host(case: str, value: float, bar: float | None, met: bool) -> dict[str, object]:
+    return {**FACTS, "case": case, "value": value, "unit": "us", "bar": bar, "met": met}
+
+
+def check(dtype: str) -> dict[str, object]:
+    errors = {"worst": 0.9, "pair_ulp": 0.50012, "correct": 0.99991}
+    far = {"worst": 99.0, "pair_ulp": 105.3, "correct": 0.4002}
+    methods = {"qkrope": errors, "chain": far, "fp32 angle": far}
+    decade = {"first": 10**6, "last": 10**7 - 1, "methods": methods}
+    return {**FACTS, "driver": None, "dtype": dtype, "decades": [decade]}
+
+
+def test_figures_of_the_host_and_errors_by_position(tmp_path: Path) -> None:
+    results, page = tmp_path / "results", tmp_path / "page.md"
+    for folder in ("host", "check"):
+        (results / folder).mkdir(parents=True)
+    lines = [host("a call", 3.0, 2.0, True), host("  of it", 1.0, None, True)]
+    lines.append(host("a call", 3.4078, 2.0, False))  # the later line of a case counts
+    (results / "host" / "h.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for dtype in ("bfloat16", "float16"):
+        (results / "check" / f"{dtype}.json").write_text(json.dumps(check(dtype)))
+    marks = [f"<!-- {end}bench:{name} -->\n" for name in ("host", "check") for end in ("", "/")]
+    page.write_text("".join(marks))
+    other = tmp_path / "other.md"
+    other.write_text("no table")
+    arguments = [str(other), str(page), "--results", str(results)]
+    assert tables.main([*arguments, "--check"]) == 1 and tables.main(arguments) == 0
+    text = page.read_text()
+    assert "| a call | 3.41 us | 2 us, missed |\n| of it | 1 us | - |\n" in text
+    assert "a GPU, driver 580.1, torch 2, qkrope 1, commit 0123ab.\n" in text
+    assert "| 1e6 .. 1e7 | 0.5 | 105 | 105 | 99.99% | 40.02% | 40.02% |\n" in text
+    assert text.index("bfloat16:\n") < text.index("\nfloat16:\n")
+    assert "a GPU, float16, torch 2, qkrope 1, commit 0123ab.\n" in text
+    assert tables.main([*arguments, "--check"]) == 0 and other.read_text() == "no table"
+
+
+def test_the_first_shape_alone() -> None:
+    found = [record(), record(shape=PRODUCTION_SHAPES[0].name, us=3.0)]
+    text = tables.rewrite("<!-- bench:cpu-first -->\n<!-- /bench:cpu-first -->", found)
+    assert PRODUCTION_SHAPES[0].name in text and "Qwen3-0.6B" not in text
 
 
 def test_a_marker_without_end_is_an_error() -> None:
@@ -108,4 +154,4 @@ def test_the_peers_table() -> None:
     )
     assert "liger: not installed." in text and "sglang: no (FLUX.1)." in text
     marked = "<!-- bench:peers -->\nstale\n<!-- /bench:peers -->\n"
-    assert text in tables.rewrite(marked, [first, second, later])
+    assert text in tables.rewrite(marked, [], peers=[first, second, later])

@@ -369,7 +369,7 @@ def test_rows() -> None:
                     assert large in (1, 2, most) and set(found) <= {1, 2, most}
                     small = [rows for rows in found if rows < large]
                     assert small == sorted(small), found
-    for tokens_, expected in ((1, 1), (64, 1), (256, 2), (1024, 2), (16384, 2)):
+    for tokens_, expected in ((1, 1), (52, 1), (64, 2), (256, 2), (1024, 2), (16384, 2)):
         assert rule(tokens_, 32, 8, 128, 2, 132) == expected
     assert rule(4096, 5, 1, 128, 2, 132) == 4  # two groups of two would idle
     assert rule(4096, 32, 8, 96, 2, 132) == 4  # rows of 192 bytes
@@ -377,12 +377,21 @@ def test_rows() -> None:
 
 
 def test_block_warps() -> None:
-    """1 to 8 (4 where a lane takes many registers); about five blocks a multiprocessor before."""
+    """No multiprocessor has more warps of a small call than it must; at most 8 (4) a block."""
     rule = _native.lib().block_warps
     for head_dim, rows, most in ((128, 1, 8), (128, 2, 8), (128, 4, 4), (512, 1, 4)):
         for num_sms in (1, 20, 108, 132, 148):
-            warps = (0, 1, 20, 700, 1280, 2560, 10**5, 2**43)
-            found = [rule(w, head_dim, rows, num_sms) for w in warps]
-            assert found == sorted(found) and found[0] == 1 and found[-1] == most
-    found = [rule(w, 128, 2, 132) for w in (20, 640, 1280, 2560, 5120)]
-    assert found == [1, 1, 2, 4, 8]
+            for slots in (1, 2, 3, 5, 7, 10, 12, 20, 33):
+                for tokens in (0, 1, 2, 16, 63, 64, 65, 256, 4096, 10**5, 2**31 - 1):
+                    busiest = {
+                        warps: max(3, -(-(-(-slots // warps) * tokens) // num_sms) * warps)
+                        for warps in range(1, min(most, slots) + 1)
+                    }
+                    found = rule(slots, tokens, head_dim, rows, num_sms)
+                    assert -(-slots // -(-slots // found)) == found  # no block has fewer to do
+                    if slots * tokens <= 20 * num_sms:
+                        assert busiest[found] == min(busiest.values())
+                    assert found in busiest
+    found = [rule(slots, tokens, 128, 1, 132) for slots, tokens in ((20, 1), (20, 16), (5, 64))]
+    assert found == [3, 3, 3]
+    assert [rule(10, tokens, 128, 2, 132) for tokens in (64, 128, 256, 4096)] == [5, 5, 5, 5]

@@ -99,6 +99,13 @@ SHAPES = {
     "rows, long and short": Recipe(
         Spec(20, 3, 64, norm=ROW, order="rope_first"), lead=(2, 9), weight_shape="row"
     ),
+    "row, a bias": Recipe(Spec(9, 5, 128, norm=ROW), lead=(5,), weight_shape="row", bias=True),
+    "short rows by a table": Recipe(
+        Spec(48, 3, 64, norm=ROW, rope=Rope(dim=32)), lead=(2, 19), weight_shape="row", angle="pair"
+    ),
+    "row of float32": Recipe(
+        Spec(28, 6, 72, norm=Norm(scope="row", weight_offset=1.0)), dtype=FP32, lead=(3,)
+    ),
     "row of 131 heads": Recipe(Spec(131, 2, 128, norm=ROW), lead=(2,), weight_shape="head"),
     "layer of 33 heads": Recipe(
         Spec(33, 17, 512, norm=Norm("layer", scope="row"), rope=None), lead=(2,), bias=True

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import importlib
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import CompileError
 from .spec import NTK, DynamicNTK, Linear, Llama3, LongRoPE, Norm, Rope, Spec, YaRN
+
+if TYPE_CHECKING:  # what _LAZY finds, for type checkers, editors and the documentation
+    from . import reference
+    from .compat import can_use_fused_qk_norm_rope, fused_qk_norm_rope, fused_qk_norm_rope_out
+    from .grid import grid_positions
+    from .groups import Group
+    from .module import QKNormRope
+    from .ops import qk_norm_rope, qk_norm_rope_, qkv_norm_rope_, warmup
+    from .ops_groups import norm_rope_groups_
+
+    __version__: str
+    """The version of the installed package."""
 
 # Names that need torch are found on first use, so that `import qkrope` costs nothing.
 _LAZY = {
@@ -15,6 +27,7 @@ _LAZY = {
     "qk_norm_rope_": "ops",
     "qkv_norm_rope_": "ops",
     "norm_rope_groups_": "ops_groups",
+    "QKNormRope": "module",
     "warmup": "ops",
     "Group": "groups",
     "grid_positions": "grid",
@@ -22,7 +35,17 @@ _LAZY = {
     "fused_qk_norm_rope_out": "compat",
     "can_use_fused_qk_norm_rope": "compat",
 }
-_MODULES = ("reference", "ops", "compat", "angles", "bench", "config", "models", "torch_op")
+_MODULES = (
+    "reference",
+    "ops",
+    "compat",
+    "angles",
+    "bench",
+    "config",
+    "models",
+    "torch_op",
+    "module",
+)
 
 __all__ = [
     "NTK",

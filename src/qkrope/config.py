@@ -74,11 +74,12 @@ def spec_from_config(
     layer that has attention (layer 0 of most models). Layers differ where a model mixes local and
     global attention. ``rounding="upstream"`` is the model's own chain of casts.
 
-    ``part`` is "attention", or in models that have more than Q, K and V heads:
-    "query"    latent attention: the query as it is projected, [nope | pe]; "attention" is then the
-               row [latent | k_pe], with Q as it is absorbed into that row
-    "indexer"  the heads that choose tokens for sparse attention, Q and K
-    "output"   DeepSeek-V4: the rotation back that its attention output takes
+    ``part`` is "attention", or in models that have more than Q, K and V heads::
+
+        "query"    latent attention: the query as it is projected, [nope | pe]; "attention" is then
+                   the row [latent | k_pe], with Q as it is absorbed into that row
+        "indexer"  the heads that choose tokens for sparse attention, Q and K
+        "output"   DeepSeek-V4: the rotation back that its attention output takes
 
     Positions of models with ``mrope_section`` are [A, ...]; text has the same on each axis. What a
     model multiplies onto q or k is no part of a Spec: see the calls' ``q_scale``, ``k_scale``.

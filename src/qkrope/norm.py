@@ -13,11 +13,13 @@ __all__ = ["Norm", "Part"]
 class Norm:
     """The normalisation of one side (Q, K or V).
 
-    ``y = x * r * (weight + weight_offset)``, with no weight taken as ones (and then no offset):
-    "rms"   r = 1 / sqrt(mean(x^2) + eps)
-    "layer" the same of x - mean(x), the bias added afterwards
-    "l2"    r = 1 / max(sqrt(sum(x^2)), eps)
-    "none"  y = x
+    ``y = x * r * (weight + weight_offset)``, with no weight taken as ones (and then no offset)::
+
+        "rms"    r = 1 / sqrt(mean(x^2) + eps)
+        "layer"  the same of x - mean(x), the bias added afterwards
+        "l2"     r = 1 / max(sqrt(sum(x^2)), eps)
+        "none"   y = x
+
     The mean or sum runs over a head ("head") or over all heads of the token ("row").
     ``weight_offset`` is 1 for models that store w - 1 (Gemma).
 

@@ -230,6 +230,7 @@ def criterion_terms(
     rope_first: ((own + average(own)) * rstd * |w_i| + |bias_i|) * |scale_i| with own = (|x_a| +
     |x_b|) * gain and the channel's own w, bias and scale; the average is a LayerNorm's alone: its
     mean is a sum of products of the rotation, which may nearly cancel.
+
     The gain is max(1, attention factor), or max(1, |cos|, |sin|) with a caller's table. A channel
     or token that is not rotated has its own term alone, and a channel outside every norm |x|.
     Arguments as in `qk_norm_rope`.

@@ -32,11 +32,13 @@ class Rope:
 
     ``inv_freq[i] = theta ** (-2 * i / freq_dim)`` before ``scaling``, for pairs i < dim / 2;
     ``dim=None`` is the whole head, ``freq_dim=None`` is dim ("proportional" types: the head_dim;
-    scalings then read it for the rotary dim too). Pair i is, counted from ``offset``:
-    "half"         (i, i + dim / 2), NeoX; with ``pair_distance`` (i, i + pair_distance)
-    "interleaved"  (2i, 2i + 1), GPT-J
-    "block_half"   half-split in each half of the rotary channels: (i, i + dim / 4) for
-                   i < dim / 4, then the same from dim / 2 on (Gemma 4 ViT)
+    scalings then read it for the rotary dim too). Pair i is, counted from ``offset``::
+
+        "half"         (i, i + dim / 2), NeoX; with pair_distance (i, i + pair_distance)
+        "interleaved"  (2i, 2i + 1), GPT-J
+        "block_half"   half-split in each half of the rotary channels (Gemma 4 ViT):
+                       (i, i + dim / 4) for i < dim / 4, then the same from dim / 2 on
+
     ``output_pairing="half"`` reads interleaved pairs and writes them to (i, i + dim / 2), as
     Hugging Face's MLA does. ``reverse`` rotates by -position.
 

@@ -55,7 +55,8 @@ class Spec:
     a pair of these where Q's differ from K's. ``max_position_embeddings`` is the sequence length
     that length-dependent scalings take where a call gives no ``seq_len``. ``v_norm`` normalises V,
     which is never rotated, in the same call; None leaves it alone.
-    A value no backend runs yet still constructs; ``qkrope.reference`` runs every value.
+
+    Raises ValueError and TypeError naming the field, expected and got.
     """
 
     num_q_heads: int

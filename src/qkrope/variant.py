@@ -138,7 +138,8 @@ class Variant:
         if self.backward and self.options is None:
             return ("vector2",) if self.lane_units == 1 else ("vector1",)
         if self.options is not None and (self.options.has_rows or self.backward):
-            return ("vector1",)
+            simple = not self.backward and self.options.simple_rows and self.lane_units == 1
+            return ("vector1", "vector2") if simple else ("vector1",)
         if self.options is not None:
             return ("vector1", "vector4" if self.lane_units == 1 else "vector2")
         return ("vector1", "vector2", *(("vector4",) if self.lane_units == 1 else ()))
@@ -179,6 +180,7 @@ class Variant:
             for name in ("Q_NORM", "K_NORM", "Q_WEIGHT", "K_WEIGHT"):
                 del values[name]
             values |= self.options.macros(self.rotary_dim, self.pairing)
+            values["SIMPLE_ROWS"] = int(self.options.has_rows and "vector2" in self.kernels)
         return "".join(f"#define QK_{name} {value}\n" for name, value in values.items())
 
 

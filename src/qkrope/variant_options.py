@@ -97,6 +97,17 @@ class Options:
         """A norm of whole rows: then a block has all heads of a token."""
         return self.q.row or self.k.row or self.v.row
 
+    @property
+    def simple_rows(self) -> bool:
+        """RMS norms of whole rows alone, which have a fast kernel: see team.cuh."""
+        moved = self.has_v or self.rope_first or self.output_half
+        return (
+            self.q == self.k
+            and self.q.row
+            and self.q.norm == "rms"
+            and not (moved or self.q.round_norm)
+        )
+
     def check(self, head_dim: int, rotary_dim: int, pairing: str) -> None:
         """Raise ValueError where such a kernel cannot be: twins of channels.cuh and options.cuh."""
         for name in ("q", "k", "v"):

@@ -145,7 +145,7 @@ def measure(bar: Bar, rounds: int = 9) -> dict[str, float]:
     return {"us": kernel.median, "sweep_us": sweep.median, "ratio": kernel.ratio(sweep)}
 
 
-WARPS = (1, 2, 3, 4, 5, 6, 8)
+WARPS = (1, 2, 3, 4, 5, 6, 8, 10, 20)
 
 
 @torch.no_grad()

@@ -38,7 +38,12 @@ class Decade:
     @property
     def label(self) -> str:
         """The range as people write it."""
-        return f"{_short(self.first)} .. {_short(self.last)}"
+        return label(self.first, self.last)
+
+
+def label(first: int, last: int) -> str:
+    """A range of positions as people write it."""
+    return f"{_short(first)} .. {_short(last)}"
 
 
 def _short(value: int) -> str:

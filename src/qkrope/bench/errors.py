@@ -13,7 +13,7 @@ from qkrope import reference
 from qkrope.accuracy import error_over_bound, round_once, ulp
 from qkrope.spec import Spec
 
-Pair = tuple[torch.Tensor | None, torch.Tensor | None]
+Pair = tuple[torch.Tensor | None, ...]
 
 
 @dataclass(frozen=True)

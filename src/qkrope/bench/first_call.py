@@ -32,7 +32,7 @@ def inputs(device: str) -> dict[str, torch.Tensor]:
 def main(device: str, folder: str, name: str) -> None:
     """Wait for the others, then time."""
     here = Path(folder)
-    given = inputs(device)
+    given: dict[str, Any] = {**inputs(device)}
 
     def synchronize() -> None:
         if device != "cpu":

@@ -1,9 +1,10 @@
-"""The benchmark tables of the README, written from the records.
+"""The benchmark tables of the README and the documentation, written from the records.
 
-`python -m qkrope.bench.tables README.md` replaces what stands between `<!-- bench:cpu -->` and
-`<!-- /bench:cpu -->` (and the same with cuda, peers and bars) by a table of the newest records;
-`--check` changes nothing and exits 1 if the file is out of date. Between `<!-- models -->` and
-`<!-- /models -->` comes the catalogue, with what this machine's CPU kernels run.
+`python -m qkrope.bench.tables FILE.md...` replaces what stands between `<!-- bench:cpu -->` and
+`<!-- /bench:cpu -->` by a table of the newest records, and the same with cuda, peers, bars, host
+and check; cpu-first and cuda-first are those of the first production shape alone. `--check` changes
+nothing and exits 1 if a file is out of date. Between `<!-- models -->` and `<!-- /models -->` comes
+the catalogue, with what this machine's CPU kernels run.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from . import records
 from .records import Record
 from .shapes import PRODUCTION_SHAPES
+from .tables_json import Line, render_check, render_host
 
 KINDS = ("cpu", "cuda")
 _ORDER = {shape.name: index for index, shape in enumerate(PRODUCTION_SHAPES)}
@@ -125,14 +127,15 @@ def _peers(record: Record) -> bool:
     return any("worst_ulp" in result for result in record.baselines.values())
 
 
-def render_bars(found: Sequence[dict[str, Any]]) -> str:
+def render_bars(found: Sequence[Line]) -> str:
     """The table of `python -m qkrope.bench.bars`, the last line of each case."""
     if not found:
         return "No record yet.\n"
     latest = {row["case"]: row for row in found}
     lines = ["| case | us | sweep, us | ratio | bar |", "|---|---:|---:|---:|---:|"]
     for case, row in latest.items():
-        numbers = f"{row['us']:.2f} | {row['sweep_us']:.2f} | {row['ratio']:.3f} | {row['bar']}"
+        bar = "-" if row["bar"] is None else row["bar"]
+        numbers = f"{row['us']:.2f} | {row['sweep_us']:.2f} | {row['ratio']:.3f} | {bar}"
         lines.append(f"| {case} | {numbers} |")
     names = ("device_name", "isa", "driver", "torch", "qkrope", "commit")
     facts = {name: _several(str(row[name]) for row in latest.values()) for name in names}
@@ -142,6 +145,7 @@ def render_bars(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", where.format(**facts), ""])
 
 
+@cache
 def render_models() -> str:
     """The catalogue, one line a family and the count under it."""
     from qkrope.cli.models import rows
@@ -161,12 +165,23 @@ def render_models() -> str:
     return "\n".join([*lines, "", count, ""])
 
 
-def rewrite(text: str, found: Sequence[Record], bars: Sequence[dict[str, Any]] = ()) -> str:
+def rewrite(
+    text: str,
+    found: Sequence[Record],
+    bars: Sequence[Line] = (),
+    peers: Sequence[Record] = (),
+    host: Sequence[Line] = (),
+    checks: Sequence[Line] = (),
+) -> str:
     """The text with every marked table replaced; ValueError for a marker without its end."""
+    first = [r for r in found if r.shape == PRODUCTION_SHAPES[0].name]
     tables: dict[str, Callable[[], str]] = {
         **{f"bench:{kind}": partial(render, found, kind) for kind in KINDS},
-        "bench:peers": partial(render_peers, found),
+        **{f"bench:{kind}-first": partial(render, first, kind) for kind in KINDS},
+        "bench:peers": partial(render_peers, peers),
         "bench:bars": partial(render_bars, bars),
+        "bench:host": partial(render_host, host),
+        "bench:check": partial(render_check, checks),
         "models": render_models,
     }
     for name, table in tables.items():
@@ -184,7 +199,7 @@ def rewrite(text: str, found: Sequence[Record], bars: Sequence[dict[str, Any]] =
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m qkrope.bench.tables", description=__doc__)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", metavar="file")
     parser.add_argument(
         "--results", type=Path, default=Path("benchmarks/results"), help="folder of *.jsonl"
     )
@@ -193,21 +208,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.results.is_dir():
         print(f"--results: {args.results} is not a folder", file=sys.stderr)
         return 2
-    found = [r for path in sorted(args.results.glob("*.jsonl")) for r in records.read(path)]
-    bars = [
-        json.loads(line)
-        for path in sorted((args.results / "bars").glob("*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
-    old = args.file.read_text()
-    new = rewrite(old, found, bars)
-    if new == old:
-        return 0
-    if args.check:
-        print(f"{args.file}: its bench tables are not those of {args.results}", file=sys.stderr)
-        return 1
-    args.file.write_text(new)
-    return 0
+    found, peers = (
+        [r for path in _files(folder) for r in records.read(path)]
+        for folder in (args.results, args.results / "peers")
+    )
+    bars, host = (
+        [json.loads(line) for path in _files(args.results / name) for line in _lines(path)]
+        for name in ("bars", "host")
+    )
+    checks = [json.loads(path.read_text()) for path in _files(args.results / "check", "json")]
+    stale = 0
+    for file in args.files:
+        old = file.read_text()
+        new = rewrite(old, found, bars, peers, host, checks)
+        if new == old:
+            continue
+        if not args.check:
+            file.write_text(new)
+            continue
+        stale = 1
+        print(f"{file}: its bench tables are not those of {args.results}", file=sys.stderr)
+    return stale
+
+
+def _files(folder: Path, kind: str = "jsonl") -> list[Path]:
+    return sorted(folder.glob(f"*.{kind}"))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
 
 
 if __name__ == "__main__":

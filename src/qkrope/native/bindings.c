@@ -318,8 +318,8 @@ FUNCTION(cuda_launch_bytes) {
 }
 _Static_assert(sizeof(prepared) == 32 + sizeof(qk_launch_general), "as tests/emulated.py reads it");
 
-// rows(tokens, q heads, k heads, head_dim, bytes an element, num_sms), block_warps(warps, head_dim,
-// rows, num_sms): the rules of the grid, for their tests.
+// rows(tokens, q heads, k heads, head_dim, bytes an element, num_sms), block_warps(slots,
+// tokens, head_dim, rows, num_sms): the rules of the grid, for their tests.
 FUNCTION(rows) {
   (void)self;
   if (n != 6) return qk_raise("TypeError", "rows: expected 6 arguments, got %d", n);
@@ -330,9 +330,10 @@ FUNCTION(rows) {
 
 FUNCTION(block_warps) {
   (void)self;
-  if (n != 4) return qk_raise("TypeError", "block_warps: expected 4 arguments, got %d", n);
-  return return_int(result, qk_block_warps(args[0].v_int64, (int)args[1].v_int64,
-                                           (int)args[2].v_int64, (int)args[3].v_int64));
+  if (n != 5) return qk_raise("TypeError", "block_warps: expected 5 arguments, got %d", n);
+  return return_int(result,
+                    qk_block_warps((int)args[0].v_int64, args[1].v_int64, (int)args[2].v_int64,
+                                   (int)args[3].v_int64, (int)args[4].v_int64));
 }
 
 // force_grid(rows, warps a block): overrides the rules while the bench tries alternatives; (0, 0)

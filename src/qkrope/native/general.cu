@@ -4,56 +4,9 @@
 // QK_ROTARY_DIM, QK_PAIRING, QK_DTYPE, QK_ANGLE, QK_VECTOR_BYTES, QK_OFFSET, QK_DISTANCE,
 // QK_OUTPUT_HALF, QK_ROPE_FIRST, QK_REVERSE, QK_AXES, QK_AXIS_PAIRS, QK_AXES_INTERLEAVED, QK_SIDES,
 // QK_HAS_V are the variant.
-#include "angles.cuh"
-#include "heads.cuh"
+#include "team.cuh"
 
 namespace {
-
-// What a group of lanes serves: heads `head`, `head` + step and so on below `end`, of one token.
-struct Work {
-  int side, head, step, end;
-  int first, rank, base;  // base: lane 0 of the group
-  int team_begin, team_warps, chunks;
-  bool turns;  // this token
-  unsigned token;
-};
-
-// Byte offsets of the token in x, y and pos, offsets in elements in the others.
-struct Token {
-  long long x, y, pos, cos, sin, scale;
-};
-
-__device__ __forceinline__ Token locate(const qk_launch_general& p, int side, unsigned token) {
-  Token t = {0, 0, 0, 0, 0, 0};
-  const qk_launch& plain = p.plain;
-#pragma unroll 1
-  for (int d = plain.ndim - 1; d >= 0; --d) {
-    unsigned i = d ? token % plain.size[d] : token;
-    if (d) token /= plain.size[d];
-    t.x += i * p.x_dim[side][d], t.y += i * p.y_dim[side][d];
-    t.pos += i * plain.pos_dim[d];
-    if (QK_ANGLE == QK_ANGLE_TABLE) t.cos += i * plain.cos_dim[d], t.sin += i * plain.sin_dim[d];
-    if (p.more[side].scale_of) t.scale += i * p.more[side].scale_dim[d];
-  }
-  return t;
-}
-
-// The sum over a token's warps of what each lane has, in an order that is the same for any batch.
-// All threads of the block call it, once for each type.
-template <typename Part>
-__device__ __forceinline__ Part team_sum(Part x, const Work& work) {
-  __shared__ Part sums[QK_TEAM_WARPS(kHeadDim)];
-#pragma unroll
-  for (int step = 16; step; step /= 2) x = join(x, shuffled(x, (threadIdx.x ^ step) % 32));
-  if (threadIdx.x == 0) sums[threadIdx.y] = x;
-  __syncthreads();
-  x = {};
-  if ((int)threadIdx.x < work.team_warps) x = sums[work.team_begin + threadIdx.x];
-#pragma unroll
-  for (int step = QK_TEAM_WARPS(kHeadDim) / 2; step; step /= 2)
-    x = join(x, shuffled(x, (threadIdx.x ^ step) % 32));
-  return shuffled(x, 0);
-}
 
 // The sum over all heads of a token of x, or of the squares of x - mean; `values` gives row i of
 // those from `head` on, which `load` brings where they are not all held at once.
@@ -71,7 +24,7 @@ __device__ __forceinline__ Part row_sum(const Work& work, Load& load, Value& val
       if (h < work.end) sum = join(sum, part);
     }
   }
-  return team_sum(sum, work);
+  return team_sum<QK_TEAM_WARPS(kHeadDim)>(sum, work);
 }
 
 // The statistic of each head that a group of lanes holds, over so many channels.
@@ -222,58 +175,38 @@ __device__ __forceinline__ void run(const qk_launch_general& p) {
 
   // 1. Place: which token, which heads of q, k or v, which pairs of a head.
   Work work;
-  const int group = threadIdx.x / kLanes;
-  work.rank = threadIdx.x % kLanes, work.first = work.rank * kCount, work.base = group * kLanes;
   work.team_begin = work.team_warps = work.chunks = 1;
-  unsigned token;
-  bool idle = group >= kGroups;
   if (kTeams) {
-    const long long block = (long long)blockIdx.y * gridDim.x + blockIdx.x;
-    work.side = block < p.first_block[kK] ? kQ : !QK_HAS_V || block < p.first_block[kV] ? kK : kV;
-    work.team_warps = p.team_warps[work.side];
-    if (!work.team_warps) return;  // the whole block: one too many of a grid in two dimensions
-    const unsigned teams = p.teams[work.side];
-    const unsigned team =
-        teams == 1 ? threadIdx.y >= (unsigned)work.team_warps : threadIdx.y / work.team_warps;
-    const long long at = (block - p.first_block[work.side]) * teams + team;
-    work.team_begin = team * work.team_warps;
-    work.step = work.team_warps * kGroups;
-    work.head = ((int)threadIdx.y - work.team_begin) * kGroups + group;
-    // Warps without a token stay for the barriers.
-    idle |= team >= teams || at >= p.plain.tokens;
-    if (team >= teams) work.team_begin = 0;
-    token = idle && at >= p.plain.tokens ? p.plain.tokens - 1 : (unsigned)at;
+    if (!place_in_team(p, work)) return;
   } else {
+    place_in_head(work);
     constexpr bool kOnTokens = QK_ON_TOKENS(kHeadDim, kMost);
-    const int x = blockIdx.x;
+    const int x = blockIdx.x * blockDim.y + threadIdx.y, group = threadIdx.x / kLanes;
     work.side = x < p.plain.q_slots ? kQ : !QK_HAS_V || x < p.k_slots ? kK : kV;
-    token = (blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
-    if (kOnTokens) token *= kGroups;
-    if (token >= p.plain.tokens) return;  // the whole warp
+    work.token = blockIdx.z * gridDim.y + blockIdx.y;
+    if (kOnTokens) work.token *= kGroups;
+    if (work.token >= p.plain.tokens || x >= p.plain.slots) return;  // the whole warp
     int slot = x - (work.side == kQ ? 0 : work.side == kK ? p.plain.q_slots : p.k_slots);
     if (kOnTokens)
-      token += group;
+      work.token += group;
     else
       slot = slot * kGroups + group;
-    idle |= token >= p.plain.tokens;
-    token = min(token, p.plain.tokens - 1);
     work.step = 1, work.head = slot;  // of so many passes, below
   }
   const qk_launch_side& side = work.side == kV ? p.v : p.plain.side[work.side];
   if (kTeams) {
     const int heads = work.step * kRows;
     work.chunks = (side.heads + heads - 1) / heads;
-    work.end = side.heads;
   } else {
     work.head *= side.passes;
     work.end = min(side.heads, work.head + side.passes);
     work.chunks = (side.passes + kRows - 1) / kRows;
+    if (threadIdx.x / kLanes >= kGroups || work.token >= p.plain.tokens) work.end = 0;
+    work.token = min(work.token, p.plain.tokens - 1);
   }
-  if (idle) work.end = 0;
-  work.token = token;
   work.turns = true;
   if (p.ranged) {
-    const unsigned index = token % p.last_size;
+    const unsigned index = work.token % p.last_size;
     work.turns = index >= p.rotate_from && index < p.rotate_to;
   }
 
@@ -299,6 +232,12 @@ __device__ __forceinline__ void run(const qk_launch_general& p) {
 static_assert(QK_ROWS == kTeams, "scope");
 #if QK_VECTOR_BYTES && QK_ROWS
 QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, QK_TEAM_ROWS(kHeadDim), QK_TEAM_ROWS(kHeadDim))
+#if QK_SIMPLE_ROWS
+extern "C" __global__ void __maxnreg__(kTeamRegisters)
+    qkrope_vector2(const __grid_constant__ qk_launch_general p) {
+  run_team<QK_VECTOR_BYTES>(p);
+}
+#endif
 #elif QK_VECTOR_BYTES
 QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, 1)
 #if QK_PASSES(QK_HEAD_DIM) == 4

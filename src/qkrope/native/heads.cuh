@@ -15,6 +15,13 @@ struct Row {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = 0;
   }
+  __device__ __forceinline__ void fill_ones() {
+    constexpr unsigned kOne = QK_DTYPE == QK_F32    ? 0x3f800000u
+                              : QK_DTYPE == QK_BF16 ? 0x3f803f80u
+                                                    : 0x3c003c00u;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = kOne;
+  }
   __device__ __forceinline__ void load(const char* from, int first) {
     if constexpr (kBytes > 0 && kTwoRuns) {
       load_run<kWords / 2, kBytes>(from + in_a(first) * kSize, words);

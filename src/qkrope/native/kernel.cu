@@ -152,12 +152,13 @@ __device__ __forceinline__ void run(const qk_launch& p) {
   const int group = threadIdx.x / kLanes;
   work.rank = threadIdx.x % kLanes, work.first = work.rank * kCount, work.base = group * kLanes;
   work.group = group;
-  work.is_k = (int)blockIdx.x >= p.q_slots;
-  const qk_launch_side& side = p.side[work.is_k];
-  unsigned token = (blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
+  int slot = blockIdx.x * blockDim.y + threadIdx.y;
+  unsigned token = blockIdx.z * gridDim.y + blockIdx.y;
   if (kOnTokens<kRows>) token *= kGroups;
-  if (token >= p.tokens) return;  // the whole warp
-  int slot = blockIdx.x - (work.is_k ? p.q_slots : 0);
+  if (token >= p.tokens || slot >= p.slots) return;  // the whole warp
+  work.is_k = slot >= p.q_slots;
+  const qk_launch_side& side = p.side[work.is_k];
+  if (work.is_k) slot -= p.q_slots;
   if (kOnTokens<kRows>)
     token += group;
   else

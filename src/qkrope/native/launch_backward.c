@@ -101,6 +101,7 @@ static void shape(qk_launch_backward_plain* p, int head_dim, long long held, int
   p->plain.q_slots = (int)q;
   out->grid[0] = (unsigned)(q + k);
   out->grid[1] = out->grid[2] = out->block[2] = 1;
+  out->shared = 0;
   out->block[0] = 32;
   out->block[1] = block_warps();
 }
@@ -238,6 +239,7 @@ static int shape_general(const qk_kernels* kernels, const qk_variant* v, long lo
     out->grid[0] += (unsigned)blocks[i] * slots[i];
   }
   out->grid[1] = out->grid[2] = out->block[2] = 1;
+  out->shared = 0;
   out->block[0] = 32;
   out->block[1] = block;
   return 0;

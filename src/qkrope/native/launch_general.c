@@ -7,6 +7,7 @@
 _Static_assert(sizeof(qk_launch_general) <= 4096, "the parameters of a kernel, on any driver");
 
 enum { Q, K, V, SIDES };
+enum { FAST_TEAM = 1 };  // where vector2 is among a variant's kernels
 
 static int size_of(int dtype) { return dtype == QK_F32 ? 4 : 2; }
 
@@ -100,10 +101,9 @@ int qk_is_row(const qk_side_variant* s) { return s->row && s->norm != QK_NORM_NO
 
 // A norm of whole rows: as many warps for a token as hold all its heads at once, or the most there
 // may be. That depends on the number of heads only, so that no batch changes a sum.
-static void shape_teams(const qk_kernels* kernels, const qk_checked* c, qk_launch_general* p,
-                        qk_grid* out) {
-  const int head_dim = c->variant.head_dim, most = QK_TEAM_WARPS(head_dim);
-  const int heads_a_warp = QK_GROUPS(head_dim) * QK_TEAM_ROWS(head_dim);
+static void shape_teams(const qk_kernels* kernels, const qk_checked* c, int rows, int most,
+                        qk_launch_general* p, qk_grid* out) {
+  const int head_dim = c->variant.head_dim, heads_a_warp = QK_GROUPS(head_dim) * rows;
   int block = 1;
   for (int i = 0; i < SIDES; ++i) {
     const int needed = (side_of(p, i)->heads + heads_a_warp - 1) / heads_a_warp;
@@ -127,6 +127,25 @@ static void shape_teams(const qk_kernels* kernels, const qk_checked* c, qk_launc
   out->block[0] = 32;
   out->block[1] = block;
   out->block[2] = 1;
+  out->shared = 0;
+}
+
+// Whether a norm of rows may take the fast kernel, where the cubin has one: nothing beyond weights,
+// in the dtype of q and k, and no more heads than its warps hold.
+static int is_simple_row(const qk_kernels* kernels, const qk_checked* c,
+                         const qk_launch_general* p) {
+  const qk_variant* v = &c->variant;
+  const int most = QK_FAST_TEAM_WARPS * QK_GROUPS(v->head_dim) *
+                   QK_FAST_TEAM_ROWS(v->head_dim, size_of(v->dtype));
+  if (!kernels->function[FAST_TEAM] || p->ranged || p->table_heads) return 0;
+  for (int i = Q; i <= K; ++i) {
+    const qk_launch_side* side = &p->plain.side[i];
+    const qk_launch_extra* more = &p->more[i];
+    if (!side->heads) continue;
+    if (side->heads > most || more->bias || more->scale_of || more->scale != 1.0f) return 0;
+    if (side->weight && more->weight_dtype != v->dtype) return 0;
+  }
+  return FAST_TEAM;
 }
 
 void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
@@ -141,14 +160,18 @@ void qk_prepare_general(const qk_kernels* kernels, const qk_frac* frac, const qk
                                    p->plain.side[K].heads + p->v.heads, p->plain.tokens, head_dim,
                                    v->dtype == QK_F32 ? 4 : 2, &rows, answer);
   if (qk_is_row(&v->q) || qk_is_row(&v->k) || qk_is_row(&v->v)) {
-    if (out->function != QK_SCALAR) out->function = 0;  // the only other one
-    shape_teams(kernels, c, p, out);
+    if (out->function != QK_SCALAR) out->function = is_simple_row(kernels, c, p);
+    if (out->function == FAST_TEAM)
+      shape_teams(kernels, c, QK_FAST_TEAM_ROWS(head_dim, size_of(v->dtype)), QK_FAST_TEAM_WARPS, p,
+                  out);
+    else
+      shape_teams(kernels, c, QK_TEAM_ROWS(head_dim), QK_TEAM_WARPS(head_dim), p, out);
     return;
   }
   if (out->function == 1 && QK_PASSES(head_dim) == 4)
     out->function = 2, rows = 4;  // no such kernel
   p->plain.q_slots = qk_shape_side(&p->plain.side[Q], rows, head_dim);
   p->k_slots = p->plain.q_slots + qk_shape_side(&p->plain.side[K], rows, head_dim);
-  const int slots = p->k_slots + qk_shape_side(&p->v, rows, head_dim);
-  qk_shape_grid(kernels, p->plain.tokens, slots, rows, head_dim, out);
+  p->plain.slots = p->k_slots + qk_shape_side(&p->v, rows, head_dim);
+  qk_shape_grid(kernels, p->plain.tokens, p->plain.slots, rows, head_dim, out);
 }

@@ -7,30 +7,39 @@
 // ---- the grid ----------------------------------------------------------------------------------
 
 // Heads of one token that a group of lanes serves: 1, 2 or 4, at most QK_PASSES.
-// A small call: the fewest that leave at most 20 warps a multiprocessor. More warps would not fit
-// beside those of the next call, fewer would not cover each other's latencies; and the more heads,
-// the fewer times an angle is computed.
+// A small call: one while that leaves at most 8 warps a multiprocessor, then the fewest that leave
+// at most 20. More warps would not fit beside those of the next call, fewer would not cover each
+// other's latencies; and the more heads, the fewer times an angle is computed.
 // A large one: as many as make 32 bytes a lane in flight, which is where registers still allow 40
 // warps; but the most where groups cannot share a token's heads out evenly, and where rows are no
 // whole cache lines, which neighbouring heads of a group then share.
 int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms) {
   const int groups = QK_GROUPS(head_dim), most = QK_PASSES(head_dim);
-  int rows = 1;
-  for (; rows < most; rows *= 2)
+  for (int rows = 1; rows < most; rows *= 2)
     if (tokens * (qk_slots_of(q_heads, rows * groups) + qk_slots_of(k_heads, rows * groups)) <=
-        20LL * num_sms)
+        (rows == 1 && most > 2 ? 8LL : QK_BESIDE) * num_sms)
       return rows;
   const int lanes = QK_LANES(head_dim), best = size * QK_LANE_UNITS(head_dim) <= 2 ? 2 : 1;
   const int even = q_heads % (best * groups) == 0 && k_heads % (best * groups) == 0;
   return even && (lanes & (lanes - 1)) == 0 ? best : most;
 }
 
-// Warps a block: about five blocks a multiprocessor while the grid is small; at most 8, or 4 of the
-// kernels that take more registers, where blocks of 8 would leave some unused.
-int qk_block_warps(long long warps, int head_dim, int rows, int num_sms) {
+// Warps a block, the slots of so many tokens shared out: what leaves the busiest multiprocessor the
+// fewest warps, and of several such the most; at most 8, or 4 of the kernels that take more
+// registers, where blocks of 8 would leave some unused.
+int qk_block_warps(int slots, long long walks, int head_dim, int rows, int num_sms) {
   const int most = rows == 4 || QK_LANE_UNITS(head_dim) > 1 ? 4 : 8;
-  long long block = (warps + 5LL * num_sms - 1) / (5LL * num_sms);
-  return block > most ? most : block < 1 ? 1 : (int)block;
+  const int even = qk_slots_of(slots, qk_slots_of(slots, most));
+  if (slots * walks > (long long)QK_BESIDE * num_sms) return even;  // many blocks are even enough
+  int best = even;
+  long long least = INT64_MAX;
+  for (int blocks = qk_slots_of(slots, most); blocks <= slots; ++blocks) {
+    const int warps = qk_slots_of(slots, blocks);
+    long long busiest = (blocks * walks + num_sms - 1) / num_sms * warps;
+    if (busiest < 3) busiest = 3;  // fewer gain nothing
+    if (busiest < least) least = busiest, best = warps;
+  }
+  return best;
 }
 
 static long long mix(long long bits, const qk_launch_side* s, const qk_launch* p, int side) {
@@ -131,19 +140,29 @@ int qk_shape_side(qk_launch_side* side, int rows, int head_dim) {
   return needed;
 }
 
+// Shared memory that a block asks for and does not use: so much that this call and the next just
+// fit on a multiprocessor. Launched one behind the other, small calls would else pile up there,
+// five deep, and the blocks of the newest go where there is room: to a few of the multiprocessors.
+static unsigned shared_of(const qk_kernels* kernels, long long blocks, unsigned warps) {
+  const long long share = (blocks + kernels->num_sms - 1) / kernels->num_sms;
+  if (share * warps > QK_BESIDE) return 0;
+  const long long bytes = kernels->shared_bytes / (2 * share) - kernels->reserved_bytes;
+  return bytes <= 0 ? 0 : (unsigned)(bytes & ~127LL);
+}
+
 void qk_shape_grid(const qk_kernels* kernels, unsigned tokens, int slots, int rows, int head_dim,
                    qk_grid* out) {
   const unsigned tokens_a_warp = QK_ON_TOKENS(head_dim, rows) ? QK_GROUPS(head_dim) : 1;
-  const unsigned warps = (tokens + tokens_a_warp - 1) / tokens_a_warp;
-  unsigned block = qk_block_warps((long long)warps * slots, head_dim, rows, kernels->num_sms);
+  const unsigned walks = (tokens + tokens_a_warp - 1) / tokens_a_warp;
+  int block = qk_block_warps(slots, walks, head_dim, rows, kernels->num_sms);
   if (forced_warps) block = forced_warps;
-  const unsigned blocks = (warps + block - 1) / block;
-  out->grid[0] = slots;
-  out->grid[2] = (blocks + 65534) / 65535;
-  out->grid[1] = (blocks + out->grid[2] - 1) / out->grid[2];
+  out->grid[0] = qk_slots_of(slots, block);
+  out->grid[2] = (walks + 65534) / 65535;
+  out->grid[1] = (walks + out->grid[2] - 1) / out->grid[2];
   out->block[0] = 32;
-  out->block[1] = block;
+  out->block[1] = qk_slots_of(slots, out->grid[0]);  // as even as it goes
   out->block[2] = 1;
+  out->shared = shared_of(kernels, (long long)out->grid[0] * walks, out->block[1]);
 }
 
 void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
@@ -155,6 +174,6 @@ void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked
   out->function = qk_choose_kernel(kernels, aligned, p->side[0].heads, p->side[1].heads, p->tokens,
                                    head_dim, size, &rows, answer);
   p->q_slots = qk_shape_side(&p->side[0], rows, head_dim);
-  const int slots = p->q_slots + qk_shape_side(&p->side[1], rows, head_dim);
-  qk_shape_grid(kernels, p->tokens, slots, rows, head_dim, out);
+  p->slots = p->q_slots + qk_shape_side(&p->side[1], rows, head_dim);
+  qk_shape_grid(kernels, p->tokens, p->slots, rows, head_dim, out);
 }

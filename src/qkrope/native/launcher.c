@@ -24,7 +24,14 @@ typedef struct {
   launch_attribute* attributes;
   unsigned num_attributes;
 } launch_config;
-enum { PROGRAMMATIC_STREAM_SERIALIZATION = 6, MULTIPROCESSOR_COUNT = 16, NOT_FOUND = 500 };
+enum { PROGRAMMATIC_STREAM_SERIALIZATION = 6, NOT_FOUND = 500 };
+enum {  // attributes of a device, and of a function
+  MULTIPROCESSOR_COUNT = 16,
+  COMPUTE_CAPABILITY_MAJOR = 75,
+  SHARED_A_MULTIPROCESSOR = 81,
+  RESERVED_SHARED_A_BLOCK = 111,
+  MAX_DYNAMIC_SHARED = 8
+};
 
 static struct {
   CUresult (*GetErrorName)(CUresult, const char**);
@@ -37,6 +44,7 @@ static struct {
   CUresult (*LibraryLoadData)(void**, const void*, void*, void*, unsigned, void*, void*, unsigned);
   CUresult (*LibraryGetKernel)(void**, void*, const char*);
   CUresult (*KernelGetFunction)(void**, void*);
+  CUresult (*FuncSetAttribute)(void*, int, int);
   CUresult (*MemAlloc_v2)(uintptr_t*, size_t);
   CUresult (*MemcpyHtoD_v2)(uintptr_t, const void*, size_t);
   CUresult (*StreamSynchronize)(void*);
@@ -63,6 +71,7 @@ static int driver(void) {
   FIND(LibraryLoadData)
   FIND(LibraryGetKernel)
   FIND(KernelGetFunction)
+  FIND(FuncSetAttribute)
   FIND(MemAlloc_v2)
   FIND(MemcpyHtoD_v2)
   FIND(StreamSynchronize)
@@ -132,13 +141,20 @@ static int load_kernels(qk_kernels* kernels, int device, const void* cubin) {
   static const char* names[QK_KERNELS] = {"qkrope_vector1", "qkrope_vector2", "qkrope_vector4",
                                           "qkrope_scalar", "qkrope_sums"};
   void *library, *kernel;
+  int major;
   TRY(DeviceGetAttribute(&kernels->num_sms, MULTIPROCESSOR_COUNT, device));
+  TRY(DeviceGetAttribute(&major, COMPUTE_CAPABILITY_MAJOR, device));
+  if (major >= 9)  // programmatic dependent launch: calls run beside each other
+    TRY(DeviceGetAttribute(&kernels->shared_bytes, SHARED_A_MULTIPROCESSOR, device));
+  TRY(DeviceGetAttribute(&kernels->reserved_bytes, RESERVED_SHARED_A_BLOCK, device));
   TRY(LibraryLoadData(&library, cubin, 0, 0, 0, 0, 0, 0));
   for (int i = 0; i < QK_KERNELS; ++i) {
     CUresult code = cu.LibraryGetKernel(&kernel, library, names[i]);
     if (code == NOT_FOUND) continue;  // a variant without vector loads, or without four rows
     if (failed(code, "cuLibraryGetKernel")) return -1;
     TRY(KernelGetFunction(&kernels->function[i], kernel));
+    if (kernels->shared_bytes)
+      TRY(FuncSetAttribute(kernels->function[i], MAX_DYNAMIC_SHARED, kernels->shared_bytes / 2));
   }
   if (!kernels->function[QK_SCALAR])
     return qk_raise("RuntimeError", "cuda_load: a cubin that is not ours");
@@ -195,6 +211,7 @@ int qk_submit(void* function, const qk_grid* grid, const void* launch, void* str
   memset(&config, 0, sizeof config);
   memcpy(config.grid, grid->grid, sizeof config.grid);
   memcpy(config.block, grid->block, sizeof config.block);
+  config.shared_bytes = grid->shared;
   config.stream = stream;
   config.attributes = &attribute;
   config.num_attributes = 1;

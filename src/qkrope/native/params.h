@@ -135,8 +135,8 @@ typedef struct {
 
 // ---- CUDA: the same call laid out for a launch, what every warp reads first and together -------
 
-// Strides are in bytes. Blocks below q_slots in x serve q, the rest k. A group of lanes serves
-// `passes` heads of one token.
+// Strides are in bytes. The warps of a block are slots of one token, next to each other: those
+// below q_slots serve q, the rest k. A group of lanes serves `passes` heads of one token.
 typedef struct {
   const char* x;
   char* y;
@@ -152,7 +152,7 @@ typedef struct {
   long long pos_token;
   const qk_frac* frac;
   unsigned tokens;
-  int q_slots;
+  int q_slots, slots;
   float attention_factor;
   int pos_wide, early_weights;
   int ndim;  // 1: the token strides above are all there is
@@ -188,7 +188,7 @@ typedef struct {
   int table_heads;
   int ranged;  // not all tokens turn, as in qk_params
   unsigned last_size, rotate_from, rotate_to;
-  int k_slots;  // blocks below it in x, and not q's, serve k, the rest v
+  int k_slots;  // slots below it, and not q's, serve k, the rest v
   // A norm of whole rows: as many warps of a block are on one token of a side, whose blocks begin
   // at first_block; k's follow q's and v's follow k's.
   int team_warps[3];
@@ -211,5 +211,8 @@ typedef struct {
 // Norms of whole rows: heads a group of lanes holds at once, and warps that a token has at most.
 #define QK_TEAM_ROWS(head_dim) (4 / QK_LANE_UNITS(head_dim))
 #define QK_TEAM_WARPS(head_dim) (QK_LANE_UNITS(head_dim) <= 2 ? 16 : 8)
+// The same of the fast kernel of such norms, for elements of so many bytes.
+#define QK_FAST_TEAM_ROWS(head_dim, size) (QK_LANE_UNITS(head_dim) * (size) <= 2 ? 4 : 2)
+#define QK_FAST_TEAM_WARPS 20
 
 #endif

@@ -15,7 +15,7 @@ enum { QK_SCALAR = 3, QK_SUMS = 4, QK_KERNELS = 5 };
 typedef struct {
   // CUfunction, null: none. Vector of 1, 2, 4 rows; scalar; sums of a backward's rows.
   void* function[QK_KERNELS];
-  int num_sms;
+  int num_sms, shared_bytes, reserved_bytes;
 } qk_kernels;
 
 // What a plan runs for one (dtypes, angle source, device), bound by Python after a compile.
@@ -88,7 +88,7 @@ void qk_fracs_of_inv_freq(const void* inv_freq, int is_double, long long step, i
 // One launch: which of a cubin's functions, and its grid and block.
 typedef struct {
   int function;
-  unsigned grid[3], block[3];
+  unsigned grid[3], block[3], shared;
 } qk_grid;
 
 // A plain call's launch, whole.
@@ -99,6 +99,8 @@ typedef struct {
 } qk_ready;
 
 // launcher.c
+// Warps a multiprocessor beside which as many of the next call fit.
+#define QK_BESIDE 20
 // *answer: > 0, nothing ran and these kernels are to be bound first; 0; or -1 (unaligned rows) or
 // -2 (no aligned layout) the first time such a call took the slow kernel.
 // Where the call is one plain launch of a vector kernel and `ready` is not null, it is copied
@@ -112,7 +114,7 @@ int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* ker
 void qk_force_grid(int rows, int warps);
 int qk_grid_epoch(void);  // another number whenever the grid was forced or set free
 int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms);
-int qk_block_warps(long long warps, int head_dim, int rows, int num_sms);
+int qk_block_warps(int slots, long long walks, int head_dim, int rows, int num_sms);
 
 // The launch of one part, laid out: launch_plain.c, and launch_general.c where qk_checked.general.
 void qk_prepare(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* call,

@@ -1,0 +1,1 @@
+"""qkrope inside other libraries. Nothing is imported before it is asked for."""
