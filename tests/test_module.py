@@ -163,3 +163,19 @@ def test_errors() -> None:
     module = qkrope.QKNormRope(SPEC, bias=True)
     with torch.no_grad(), pytest.raises(ValueError, match="^q_bias: expected None"):
         module(*inputs(SPEC), q_bias=torch.zeros(16))
+
+
+def test_gradients_reach_the_parameters(device: str) -> None:
+    """Those of the call itself; its own tests hold them to the oracle."""
+    module = randomized(qkrope.QKNormRope(LAYER, bias=True)).to(device)
+    q, k, positions = inputs(LAYER, device)
+    weights = {n: p.detach().clone().requires_grad_() for n, p in module.named_parameters()}
+    bias = {f"{s}_bias": weights[f"{s}_norm.bias"] for s in "qk"}
+    for y in module(q, k, positions):
+        y.square().sum().backward(retain_graph=True)
+    args = weights["q_norm.weight"], weights["k_norm.weight"], positions, LAYER
+    for y in qkrope.qk_norm_rope(q, k, *args, **bias):
+        y.square().sum().backward(retain_graph=True)
+    for name, p in module.named_parameters():
+        assert p.grad is not None and p.grad.any()
+        assert_same_bits(p.grad, weights[name].grad)

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from qkrope.integrations.transformers import patch, unpatch
 from transformers_models import FAMILIES, attend, rows_of, small, watched_calls
@@ -61,6 +67,31 @@ def same(y: Tensor | None, x: Tensor | None) -> None:
         compare_bits(y, x, exact=False, share=1.5 / x.numel())
     else:
         assert float((y - x).abs().max()) <= 2**-17 * float(x.abs().max())
+
+
+WRAPPERS = (
+    *("qwen3_vl", "qwen3_vl_moe", "qwen3_asr", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma4"),
+    *("gemma4_unified", "embedding_gemma2", "t5gemma2", "minimax_m3_vl", "llama4", "exaone4_5"),
+    *("lfm2_vl", "lfm3_vl", "muse_spark", "muse_glimmer", "molmo2", "kimi_k25", "dots3_note"),
+    "mistral_large4",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_whole_models_at_their_own_size(model_type: str) -> None:
+    """Whole models of the default config, without memory: all their text layers, and no others."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    config = CONFIG_MAPPING[model_type]()
+    names = (*MODEL_MAPPING_NAMES.items(), *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items())
+    found = next(name for key, name in names if key == model_type)
+    with torch.device("meta"):
+        model = getattr(transformers, found)(config)
+    report = patch(model)
+    assert report.patched
+    for reason in report.left.values():
+        assert "is no text model" in reason or reason == "a layer without norm and rotation"
 
 
 def test_the_table_has_no_other_rows() -> None:

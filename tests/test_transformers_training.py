@@ -9,7 +9,7 @@ differ by 6 + 1 of that.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qkrope.integrations.transformers import patched
 from transformers_models import NAMED, OTHERS, model_of, watched_calls
+from transformers_vl import IMAGE, qwen3_vl
 
 STEPS, SHORT = 50, ("qwen3", "gemma3_text", "olmo2", "hunyuan_v1_dense")
 pytestmark = pytest.mark.filterwarnings("ignore:qkrope leaves as they are")
@@ -31,8 +32,10 @@ def rows(generator: torch.Generator, device: str) -> Tensor:
     return ids.to(device)
 
 
-def loss_curve(model: nn.Module, device: str = "cpu") -> Tensor:
-    """Losses of a copy of the model, trained without dropout."""
+def loss_curve(
+    model: nn.Module, device: str = "cpu", also: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """Losses of a copy of the model, trained without dropout; an image is the same each time."""
     model = copy.deepcopy(model).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -42,7 +45,12 @@ def loss_curve(model: nn.Module, device: str = "cpu") -> Tensor:
     losses = []
     for _ in range(STEPS):
         ids = rows(generator, device)
-        loss = model(input_ids=ids, labels=ids).loss
+        given = {}
+        if also is not None:
+            ids = torch.cat((also["input_ids"], ids.flatten()[None]), 1)
+            given = {name: also[name] for name in ("pixel_values", "image_grid_thw")}
+            given["mm_token_type_ids"] = (ids == IMAGE).long()
+        loss = model(input_ids=ids, labels=ids, **given).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -107,6 +115,16 @@ def test_loss_curve(name: str, device: str) -> None:
     assert difference(ours, plain) <= 7 * noise
     with patched(model), watched_calls(1.001):  # what the bound is worth
         assert difference(loss_curve(model, device), plain) > 7 * noise
+
+
+@pytest.mark.slow
+def test_loss_curve_of_text_and_image(device: str) -> None:
+    model, inputs = qwen3_vl(device)
+    plain = loss_curve(model, device, inputs)
+    with rounded_once_more(model.model.language_model):
+        noise = difference(loss_curve(model, device, inputs), plain)
+    with patched(model):
+        assert difference(loss_curve(model, device, inputs), plain) <= 7 * noise
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from qkrope.config import FAMILIES
+from qkrope.config_layers import Latent
 from qkrope.norm import Norm
 from qkrope.rounding import Rounding
 from qkrope.spec import Spec
@@ -32,6 +33,11 @@ class Layer:
     frequencies: frozenset[int]  # lengths of the model's inv_freq
     made: dict[Any, Any]  # equal Specs are one object, and so one plan and one kernel
 
+    @property
+    def latent(self) -> Latent | None:
+        """What the family's latent attention does, where it has it."""
+        return FAMILIES[self.model_type].latent
+
     def spec(self, part: str = "attention") -> Spec:
         """The Spec of the layer."""
         try:
@@ -51,9 +57,7 @@ class Layer:
 
 def plan_of(layer: Layer) -> tuple[Plan, Flow]:
     """The plan of a module and the flow that it is of; Refused where something disagrees."""
-    spec = row = layer.spec()
-    if FAMILIES[layer.model_type].latent is not None:
-        spec = layer.spec("query")
+    spec = layer.spec("attention" if layer.latent is None else "query")
     flow = read(layer.module, turns=spec.rope is not None)
     if (spec.rope is not None) != bool(flow.turns):
         said, done = (
@@ -62,24 +66,24 @@ def plan_of(layer: Layer) -> tuple[Plan, Flow]:
         raise Refused(
             f"the config says that layer {layer.module.layer_idx} {said}, its code {done}"
         )
-    values = _norms_of(spec, row)
-    _check_sides(layer, flow, values)
-    norms = {site.name: _norming(layer, site, values, spec, row) for site in flow.norms}
+    values = _norms_of(layer, spec)
+    _check_sides(layer, flow, values, spec)
+    norms = {site.name: _norming(layer, site, values, spec) for site in flow.norms}
     turns = tuple(_turn(layer, flow, site, norms, spec) for site in flow.turns)
     apart = [site.name for site in flow.norms if site.met is None]
     return Plan({name: norms[name] for name in apart}, turns, tuple(apart)), flow
 
 
-def _norms_of(spec: Spec, row: Spec) -> dict[str, Norm]:
+def _norms_of(layer: Layer, spec: Spec) -> dict[str, Norm]:
     """The norm of each side that has one."""
     found = {"q": spec.norm, "k": spec.k_norm_resolved, "v": spec.v_norm or _NONE}
-    if spec is not row:
-        latent = row.k_norm_resolved
-        found |= {"latent": replace(latent, dim=None, rest=None), "rest": latent.rest or _NONE}
+    if (latent := layer.latent) is not None:
+        eps = layer.config["rms_norm_eps"] if latent.eps is None else latent.eps
+        found |= {"latent": Norm(eps=eps), "rest": Norm(eps=eps) if latent.rest else _NONE}
     return {side: norm for side, norm in found.items() if norm.kind != "none"}
 
 
-def _check_sides(layer: Layer, flow: Flow, values: dict[str, Norm]) -> None:
+def _check_sides(layer: Layer, flow: Flow, values: dict[str, Norm], spec: Spec) -> None:
     """Every norm of the config is called, and no other; each before or after as it says."""
     called = {side for site in flow.norms for side in _sides(site)}
     if extra := called - values.keys():
@@ -89,7 +93,7 @@ def _check_sides(layer: Layer, flow: Flow, values: dict[str, Norm]) -> None:
         missing -= {"k", "v", "latent", "rest"}  # an earlier layer's are taken
     if missing:
         raise Refused(f"the config normalises {' and '.join(sorted(missing))}, its code does not")
-    first = layer.spec().order == "norm_first"
+    first = spec.order == "norm_first"
     if any(site.met is not None and site.first != first for site in flow.norms):
         raise Refused("its code has norm and rotation in another order than the config")
 
@@ -99,9 +103,7 @@ def _sides(site: NormSite) -> tuple[str, ...]:
     return ("q", "k") if side == "qk" else (side,)
 
 
-def _norming(
-    layer: Layer, site: NormSite, values: dict[str, Norm], spec: Spec, row: Spec
-) -> Norming:
+def _norming(layer: Layer, site: NormSite, values: dict[str, Norm], spec: Spec) -> Norming:
     """How a norm runs by itself, after a look at the module."""
     module = getattr(layer.module, site.name, None)
     if not isinstance(module, nn.Module):
@@ -113,7 +115,7 @@ def _norming(
     heads = spec.num_q_heads if of_q else spec.num_kv_heads
     head_dim = spec.head_dim
     if side == "latent":
-        head_dim = row.k_norm_resolved.dim or row.head_dim
+        head_dim = layer.module.kv_lora_rank
     elif side == "rest":
         head_dim = spec.rotary_dim
     own = list(getattr(module, "norms", ())) or [module]
@@ -128,10 +130,13 @@ def _norming(
         got = sorted({*shapes["weight"], *shapes["bias"]})
         raise Refused(f"{site.name}: expected {wanted} for the weight, got {got}")
     count = 1 if shape == "last" else heads
-    rounding = spec.rounding if side != "latent" else row.rounding
+    rounding = spec.rounding
     if not isinstance(rounding, str):
         rounding = rounding[0 if of_q else 1]
-    alone = Spec(count, count, head_dim, norm=norm, rope=None, rounding=rounding)
+    try:
+        alone = Spec(count, count, head_dim, norm=norm, rope=None, rounding=rounding)
+    except ValueError as error:
+        raise Refused(f"{site.name}: {error}") from None
     step = Norming(site.name, layer.one(alone), shape, *(bool(shapes[n]) for n in _AFFINE))
     check_norm(module, step)
     return step
@@ -149,7 +154,7 @@ def _turn(layer: Layer, flow: Flow, site: TurnSite, norms: dict[str, Norming], s
     assert spec.rope is not None
     function = flow.function.__globals__[site.name]
     steps = [None if n is None else norms[n.name] for n in site.norms]
-    latent = FAMILIES[layer.model_type].latent is not None
+    latent = layer.latent is not None
     part = replace(
         spec,
         num_kv_heads=1 if latent else spec.num_kv_heads,
