@@ -74,10 +74,11 @@ def _bind_entry() -> Any:
 def build(plan: Any, key: int) -> None:
     """Compile and load what a call of this key runs (see qk_slot_key in native/launcher.c)."""
     if torch.cuda.is_current_stream_capturing():
+        more = ", backward=True" if key >> 32 else ""
         raise RuntimeError(
             "qkrope: this call's kernel or angle table is not loaded and cannot be while a CUDA "
-            "graph is being captured; call qkrope.warmup(spec, device, dtype) with the call's "
-            "dtypes and seq_len, or make the call once, before the capture"
+            f"graph is being captured; call qkrope.warmup(spec, device, dtype{more}) with the "
+            "call's dtypes and seq_len, or make the call once, before the capture"
         )
     variant, device = variant_of(plan.spec, key), key >> 16 & _DEVICES - 1
     with _lock:

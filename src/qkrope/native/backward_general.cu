@@ -5,6 +5,7 @@
 // are those of general.cu.
 #include "angles.cuh"
 #include "heads.cuh"
+#include "slopes.cuh"
 #include "sums.cuh"
 
 namespace {
@@ -59,113 +60,6 @@ __device__ __forceinline__ void turn_back(const Angles& by, int first, Values& v
     qk::rotate_back(v.a[i], v.b[i], by.cos_a[i], by.sin_a[i], by.cos_b(i), by.sin_b(i), a, b);
     if (turns(first, i)) v.a[i] = a, v.b[i] = b;
   }
-}
-
-// ---- statistics: of x as in options.cuh, and the sums of a norm's gradient over its channels
-// -----
-
-template <typename Term>
-__device__ __forceinline__ float lane_total(const Span& span, Term&& term) {
-  float unit[kUnits];
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    float sum_a = 0.0f, sum_b = 0.0f;
-#pragma unroll
-    for (int i = 4 * u; i < 4 * u + 4; ++i) {
-      if (span.a >> i & 1) sum_a = term(i, false, sum_a);
-      if (span.b >> i & 1) sum_b = term(i, true, sum_b);
-    }
-    unit[u] = qk::add(sum_a, sum_b);
-  }
-#pragma unroll
-  for (int step = 1; step < kUnits; step *= 2)
-#pragma unroll
-    for (int u = 0; u + step < kUnits; u += 2 * step) unit[u] = qk::add(unit[u], unit[u + step]);
-  return unit[0];
-}
-
-// A sum of x, and that of the gradient of the normalised x; then of squares, and along x.
-struct First {
-  Sum x;
-  float g;
-};
-struct Second {
-  float squares, along;
-};
-[[maybe_unused]] __device__ __forceinline__ First join(const First& a, const First& b) {
-  return {join(a.x, b.x), qk::add(a.g, b.g)};
-}
-[[maybe_unused]] __device__ __forceinline__ First shuffled(const First& x, int from) {
-  return {shuffled(x.x, from), shuffled(x.g, from)};
-}
-[[maybe_unused]] __device__ __forceinline__ Second join(const Second& a, const Second& b) {
-  return {qk::add(a.squares, b.squares), qk::add(a.along, b.along)};
-}
-[[maybe_unused]] __device__ __forceinline__ Second shuffled(const Second& x, int from) {
-  return {shuffled(x.squares, from), shuffled(x.along, from)};
-}
-
-// The lane's part of either; gx: the gradient times the weight.
-[[maybe_unused]] __device__ __forceinline__ First first_sums(const Values& x, const Values& gx,
-                                                             const Span& span) {
-  return {lane_sum<QK_NORM_NONE, Sum>(x, span, 0.0f), lane_total(span, [&](int i, bool b, float s) {
-            return qk::add(s, b ? gx.b[i] : gx.a[i]);
-          })};
-}
-template <int kNorm>
-__device__ __forceinline__ Second second_sums(const Values& x, const Values& gx, const Span& span,
-                                              float mean) {
-  return {lane_sum<kNorm, float>(x, span, mean), lane_total(span, [&](int i, bool b, float s) {
-            const float n = minus_mean<kNorm>(b ? x.b[i] : x.a[i], mean);
-            return qk::fma(b ? gx.b[i] : gx.a[i], n, s);
-          })};
-}
-
-// Over the lanes of a group, or over those of a team's warps (all threads of a block call that).
-template <typename Part>
-__device__ __forceinline__ Part group_sum(Part x, const Work& work) {
-#pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) {
-    const int from = (work.rank ^ step) & ~(step - 1);
-    const Part other = shuffled(x, work.base + from);
-    if (from < kLanes) x = join(x, other);
-  }
-  return x;
-}
-template <typename Part>
-__device__ __forceinline__ Part team_sum(Part x, const Work& work) {
-  __shared__ Part sums[QK_TEAM_WARPS(kHeadDim)];
-#pragma unroll
-  for (int step = 16; step; step /= 2) x = join(x, shuffled(x, (threadIdx.x ^ step) % 32));
-  __syncthreads();  // who reads those of the last token is done
-  if (threadIdx.x == 0) sums[threadIdx.y] = x;
-  __syncthreads();
-  x = {};
-  if ((int)threadIdx.x < work.team_warps) x = sums[work.team_begin + threadIdx.x];
-#pragma unroll
-  for (int step = QK_TEAM_WARPS(kHeadDim) / 2; step; step /= 2)
-    x = join(x, shuffled(x, (threadIdx.x ^ step) % 32));
-  return shuffled(x, 0);
-}
-
-// What the gradient of a norm takes: n = (x - mean) * by, and the averages of gx * n and of gx.
-struct Slope {
-  float mean, by, along, level;
-};
-
-template <int kNorm>
-__device__ __forceinline__ void set_mean(const First& sums, float share, Slope& to) {
-  if (kNorm != QK_NORM_LAYER) return;
-  to.mean = qk::mul(qk::add(sums.x.high, sums.x.low), share);
-  to.level = qk::mul(sums.g, share);
-}
-template <int kNorm>
-__device__ __forceinline__ void set_slope(const Second& sums, float share, float eps, Slope& to) {
-  to.by = scale_by<kNorm, QK_ROUND_ONCE>(sums.squares, qk::mul(sums.squares, share), eps);
-  to.along = qk::mul(sums.along, to.by);
-  if (kNorm != QK_NORM_L2) to.along = qk::mul(to.along, share);
-  // A row shorter than eps is divided by eps, whatever it is.
-  if (kNorm == QK_NORM_L2 && __fsqrt_rn(sums.squares) < eps) to.along = 0.0f;
 }
 
 // Where a block's sums meet: a row for each group of lanes.
@@ -263,8 +157,9 @@ struct Walk {
                                                 float eps, Slope& to) {
     constexpr float kShare = 1.0f / kChannels;
     if (kNorm == QK_NORM_LAYER)
-      set_mean<kNorm>(group_sum(first_sums(x, gx, span), work), kShare, to);
-    set_slope<kNorm>(group_sum(second_sums<kNorm>(x, gx, span, to.mean), work), kShare, eps, to);
+      set_mean<kNorm>(group_sum(first_sums(x, gx, span), work.base, work.rank), kShare, to);
+    set_slope<kNorm>(group_sum(second_sums<kNorm>(x, gx, span, to.mean), work.base, work.rank),
+                     kShare, eps, to);
   }
 
   // What `of` gives of each head of the token; chunk by chunk, where not all are held at once.
@@ -281,7 +176,7 @@ struct Walk {
         if (head < work.end) sum = join(sum, part);
       }
     }
-    return team_sum(sum, work);
+    return team_sum(sum, work.team_begin, work.team_warps);
   }
   __device__ __forceinline__ void slope_of_row(const Token& token, Slope& to) {
     const float share = p.base.row_share[work.side];
