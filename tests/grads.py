@@ -14,7 +14,7 @@ from checks import fraction_correctly_rounded
 from qkrope import reference_grad
 from qkrope.extras import NAMES
 
-__all__ = ["NAMES", "Gradients"]
+__all__ = ["NAMES", "Gradients", "check_gradients"]
 
 
 class Gradients:
