@@ -109,8 +109,8 @@ for spec, tokens, more in eval(sys.argv[2]):
 
 @NO_DRIVER
 def test_launches(tmp_path: Path) -> None:
-    """The kernel of the gradients, then that of the sums; a large call without sums has many blocks;
-    each part of a call on its own; nothing for no tokens.
+    """The kernel of the gradients, then that of the sums; a large call without sums has many
+    blocks; each part of a call on its own; nothing for no tokens.
     """
     calls = """[
         (Spec(32, 8, 128), 1, {}),
