@@ -34,38 +34,33 @@ __device__ __forceinline__ void write_sums(float (&sums)[kMany], int rank, Place
   }
 }
 
-struct Four {
-  float x[QK_SUM_COLUMNS];
-};
-
-__device__ __forceinline__ Four read_four(const qk_sum& sum, long long row, long long column) {
-  const float* const at = sum.parts + row * sum.columns + column;
-  Four four;
-  if (sum.columns % QK_SUM_COLUMNS == 0 && (unsigned long long)sum.parts % 16 == 0) {
-    unsigned words[QK_SUM_COLUMNS];
-    load_run<QK_SUM_COLUMNS, 16>(at, words);
-#pragma unroll
-    for (int i = 0; i < QK_SUM_COLUMNS; ++i) four.x[i] = __uint_as_float(words[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < QK_SUM_COLUMNS; ++i) four.x[i] = column + i < sum.columns ? at[i] : 0.0f;
-  }
-  return four;
-}
-
+// A thread asks for so many rows at once that one wait is all, up to 640 rows. Its block is small
+// enough to be there, and wait, beside the blocks that write the rows. Columns are even in number,
+// as the channels of a head are, and pairs of them aligned.
 __device__ __forceinline__ void add_rows(const qk_sum& sum) {
-  constexpr int kWarps = QK_SUM_THREADS / 32;
+  constexpr int kWarps = QK_SUM_THREADS / 32, kAtOnce = 5;
   const long long column = blockIdx.x * (long long)QK_SUM_COLUMNS;
   if (column >= sum.columns) return;  // the whole block
   __shared__ float shared[kWarps * QK_SUM_COLUMNS];
   float all[QK_SUM_COLUMNS] = {};
   const int first = threadIdx.y * 32 + threadIdx.x;
+  const long long stride = QK_SUM_THREADS * sum.columns;
+  const float* at = sum.parts + first * sum.columns + column;
   wait_for_previous();
-#pragma unroll 4
-  for (int row = first; row < sum.rows; row += QK_SUM_THREADS) {
-    const Four four = read_four(sum, row, column);
+#pragma unroll 1
+  for (int row = first; row < sum.rows; row += kAtOnce * QK_SUM_THREADS) {
+    unsigned words[kAtOnce][QK_SUM_COLUMNS];
 #pragma unroll
-    for (int i = 0; i < QK_SUM_COLUMNS; ++i) all[i] = qk::add(all[i], four.x[i]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      words[i][0] = words[i][1] = 0;
+      if (row + i * QK_SUM_THREADS < sum.rows) load_run<QK_SUM_COLUMNS, 8>(at, words[i]);
+      at += stride;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+      for (int c = 0; c < QK_SUM_COLUMNS; ++c)
+        all[c] = qk::add(all[c], __uint_as_float(words[i][c]));
   }
 #pragma unroll
   for (int step = 16; step; step /= 2)
