@@ -14,7 +14,7 @@ from checks import fraction_correctly_rounded
 from qkrope import reference_grad
 from qkrope.extras import NAMES
 
-__all__ = ["NAMES", "Gradients"]
+__all__ = ["NAMES", "Gradients", "check_gradients"]
 
 
 class Gradients:
@@ -81,8 +81,10 @@ class Gradients:
     def check(self, found: dict[str, Tensor | None]) -> None:
         """Each gradient meets the criterion, and >= 99.5 % of bfloat16 dx are correctly rounded.
 
-        A float32 error of 9 units of 2^-24 in terms three times the value moves 2 * 27 * 2^-24 in
-        2^-8, 0.02 %, over a tie; another rounding to bfloat16 on the way moves some 25 %.
+        Of those, that is, which do not cancel: whose terms are at most 16 times the value. An error
+        of 9 units of 2^-24 in them, an eighth of the bound, then takes at most
+        2 * 9 / 2.25 * 16 * 2^-24 / 2^-8, 0.2 %, over a tie; another rounding to bfloat16 on the way
+        takes some 25 %.
         """
         exact, terms = self.expected()
         inputs, spec = self.named(), self.call.spec
@@ -101,8 +103,11 @@ class Gradients:
             assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device), name
             y = y.detach().cpu()
             assert_criterion(y, ref, term, y.dtype, name)
-            if name in "qkv" and y.dtype == torch.bfloat16 and y.numel() >= 4000 and normed[name]:
-                share = fraction_correctly_rounded(y, ref)
+            if name not in "qkv" or y.dtype != torch.bfloat16 or not normed[name]:
+                continue
+            kept = term <= 16 * ref.abs()
+            if int(kept.sum()) >= 4000:
+                share = fraction_correctly_rounded(y[kept], ref[kept])
                 assert share >= 0.995, f"{name}: only {share:.4%} correctly rounded"
 
     def assert_unchanged(self) -> None:

@@ -109,13 +109,14 @@ for spec, tokens, more in eval(sys.argv[2]):
 
 @NO_DRIVER
 def test_launches(tmp_path: Path) -> None:
-    """The kernel of the gradients on no more blocks than the device holds, then that of the sums;
-    each part of a call on its own; nothing for no tokens.
+    """The kernel of the gradients, then that of the sums; a large call without sums has many
+    blocks; each part of a call on its own; nothing for no tokens.
     """
     calls = """[
         (Spec(32, 8, 128), 1, {}),
         (Spec(32, 8, 128), 1024, {}),
         (Spec(32, 8, 128), 1024, {"weights": False}),
+        (Spec(32, 8, 128), 4096, {"weights": False}),
         (Spec(32, 8, 128), 100000, {}),
         (Spec(32, 8, 128), 0, {}),
         (Spec(8, 2, 512), 4096, {}),
@@ -132,12 +133,14 @@ def test_launches(tmp_path: Path) -> None:
         "qkrope_vector2 3 1 1 32 4 0",
         "qkrope_sums 64 2 1 32 4 0",
         "answer 0",
-        "qkrope_vector2 640 1 1 32 4 0",
+        "qkrope_vector2 513 1 1 32 4 0",
         "qkrope_sums 64 2 1 32 4 0",
         "answer 0",
         "qkrope_vector2 640 1 1 32 4 0",
         "answer 0",
-        "qkrope_vector2 660 1 1 32 4 0",
+        "qkrope_vector2 5120 1 1 32 4 0",
+        "answer 0",
+        "qkrope_vector2 528 1 1 32 4 0",
         "qkrope_sums 64 2 1 32 4 0",
         "answer 0",
         "answer 0",

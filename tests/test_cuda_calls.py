@@ -266,11 +266,11 @@ def force() -> Iterator[Callable[..., Any]]:
 
 
 def test_a_launch_that_the_driver_refuses(cuda: str, force: Callable[..., Any]) -> None:
-    """64 warps are no block: the error is raised at the call, and the next call is fine."""
-    call = Recipe(spec_of(), lead=(500,)).make(cuda)
+    """45 warps are no block: the error is raised at the call, and the next call is fine."""
+    call = Recipe(Spec(80, 10, 128), lead=(500,)).make(cuda)
     expected = qkrope.qk_norm_rope(*call.args())
     before = bits(call.q).clone()
-    force(0, 64)
+    force(1, 64)
     with pytest.raises(RuntimeError, match="cuLaunchKernelEx.* failed: CUDA_ERROR_INVALID_VALUE"):
         qkrope.qk_norm_rope_(*call.args())
     force(0, 0)

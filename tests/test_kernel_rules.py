@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -311,3 +312,20 @@ def test_reads_what_the_previous_kernel_wrote(cuda: str, writer: str) -> None:
         ):
             wrong += (y != want).sum()
     assert int(wrong) == 0
+
+
+FIRST_CALL = """
+import torch, qkrope
+q = torch.zeros(1, 1, 8)
+qkrope.qk_norm_rope_(q, None, None, None, torch.zeros(1, dtype=torch.int64), qkrope.Spec(1, 1, 8))
+"""
+
+
+def test_a_level_that_is_not_here() -> None:
+    """QKROPE_ISA beyond the machine raises at the first call, naming what there is."""
+    env = {**os.environ, "QKROPE_ISA": "avx1024"}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL], timeout=60, check=False, capture_output=True, env=env
+    )
+    last = done.stderr.decode().splitlines()[-1]
+    assert last.startswith("ValueError: QKROPE_ISA: expected one of") and "'avx1024'" in last

@@ -99,6 +99,8 @@ _Static_assert(sizeof(qk_pair) == 7 * sizeof(short), "as plan.py writes it");
 
 static int run_cpu(qk_checked* checked, int backward) {
   qk_frac fracs[QK_MAX_HEAD_DIM / 2];
+  const char* error = qk_cpu_isa() ? 0 : qk_cpu_select_isa("");
+  if (error) return qk_raise("ValueError", "%s", error);
   if (checked->variant.angle == QK_ANGLE_INV_FREQ) checked->variant.angle = QK_ANGLE_PHASE;
   for (int i = 0; i < checked->num_parts; ++i) {
     qk_params* p = &checked->part[i];
@@ -227,7 +229,6 @@ int qk_read_backward(const TVMFFIAny* args, int n, qk_call* to) {
   return 0;
 }
 
-#pragma weak qk_launch_backward
 FUNCTION(qk_norm_rope_backward) {
   (void)self;
   qk_call call;
@@ -239,9 +240,6 @@ FUNCTION(qk_norm_rope_backward) {
     if (run_cpu(&checked, 1)) return -1;
   } else {
     void* stream = TVMFFIEnvGetStream(checked.device_type, checked.device_id);
-    if (!qk_launch_backward)
-      return qk_raise("RuntimeError",
-                      "qk_norm_rope_backward: this build has no CUDA kernels of it");
     if (qk_launch_backward(call.plan, &checked, stream, &answer)) return -1;
   }
   return return_int(result, answer);

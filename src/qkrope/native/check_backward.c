@@ -7,9 +7,8 @@
 // function of the tokens alone, so that no number of threads changes a bit.
 enum { CPU_TOKENS = 8, CPU_PARTIALS = 128 };
 
-#pragma weak qk_cuda_partials
 long long qk_partials(const qk_plan* plan, long long tokens, int num_sms) {
-  if (num_sms) return qk_cuda_partials ? qk_cuda_partials(plan, tokens, num_sms) : 1;
+  if (num_sms) return qk_cuda_partials(plan, tokens, num_sms);
   const long long blocks = (tokens + CPU_TOKENS - 1) / CPU_TOKENS;
   return blocks < CPU_PARTIALS ? blocks : CPU_PARTIALS;
 }

@@ -244,8 +244,16 @@ class Backward : Sides<V, kType> {
     const qk_side_grads& g = *of_[side];
     const int dim = variant_.head_dim;
     if (s.normalises) this->load(s, walk + 3 * side, walk, head, h.x);
-    this->widen(at(g.dy, walk[kDy + side] + head * g.dy_head * kSize), dy_ahead, h.dy.now);
-    if (s.turns && !variant_.rope_first) this->turn(back_, s, walk, head, h.dy);
+    const char* dy = at(g.dy, walk[kDy + side] + head * g.dy_head * kSize);
+    const bool turns = s.turns && !variant_.rope_first;
+    if (turns && turns_ && back_.can_apply_to_memory()) {
+      if (params_.table_heads) this->set_turn(back_, walk, head);
+      this->fetch(dy + dy_ahead);
+      back_.apply_to_memory(dy, h.dy.now);
+    } else {
+      this->widen(dy, dy_ahead, h.dy.now);
+      if (turns) this->turn(back_, s, walk, head, h.dy);
+    }
     // Sums of whole vectors see zeros at the end.
     if (dim % N) V::store(h.x.now + dim, F(0.0f)), V::store(h.dy.now + dim, F(0.0f));
   }

@@ -159,11 +159,15 @@ class Sides {
 
   // ---- a head ----
 
+  void fetch(const char* x) const {
+    for (int line = 0; line < variant_.head_dim * kSize; line += 64) __builtin_prefetch(x + line);
+  }
+
   // Its elements as floats; `ahead` bytes from them are those of the next token.
   void widen(const char* x, long long ahead, float* to) const {
     const int dim = variant_.head_dim;
     int i = 0;
-    for (int line = 0; line < dim * kSize; line += 64) __builtin_prefetch(x + ahead + line);
+    fetch(x + ahead);
     for (; i + N <= dim; i += N) V::store(to + i, V::template widen<kType>(x + i * kSize));
     for (; i < dim; i++) to[i] = load_float(x + i * kSize, kType);
   }

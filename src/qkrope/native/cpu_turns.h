@@ -46,7 +46,11 @@ class Turns {
       }
       moves_ = moves_ || pair.out_a != pair.a || pair.out_b != pair.b;
     }
-    for (int b = 0; b < blocks_; b++) ways_[b] = way_of(b * N);
+    whole_ = v.head_dim % N == 0;
+    for (int b = 0; b < blocks_; b++) {
+      ways_[b] = way_of(b * N);
+      whole_ = whole_ && ways_[b].how != kGathers;
+    }
   }
 
   // The angles of a token, or of one head of it: where its position (on the first axis) is, and its
@@ -82,8 +86,18 @@ class Turns {
 
   // A head turned by the angles that are set, rounded as the QK_TURN_* says.
   void apply(const float* from, float* to, int rounding) const {
-    if (rounding == QK_TURN_ONCE) return apply_as<false>(from, to, rounding);
-    apply_as<true>(from, to, rounding);
+    const auto load = [&](int c) { return V::load(from + c); };
+    if (rounding == QK_TURN_ONCE) return apply_as<false>(load, from, to, rounding);
+    apply_as<true>(load, from, to, rounding);
+  }
+
+  // The same of a head in memory, where whole vectors are all that is read of it.
+  bool can_apply_to_memory() const { return whole_; }
+  void apply_to_memory(const char* from, float* to) const {
+    const auto load = [&](int c) {
+      return V::template widen<kType>(from + c * (kType == QK_F32 ? 4 : 2));
+    };
+    apply_as<false>(load, nullptr, to, QK_TURN_ONCE);
   }
 
  private:
@@ -100,6 +114,7 @@ class Turns {
   const qk_params& params_;
   const int half_, blocks_;
   bool moves_ = false;  // pairs are written elsewhere than read
+  bool whole_;          // no block gathers or has channels behind the head
   Way ways_[kWidth / N];
   alignas(64) int own_[kWidth], partner_[kWidth], cos_at_[kWidth], sin_at_[kWidth];
   alignas(64) float turning_[kWidth], sign_[kWidth];        // turning_: bit 30 of an integer
@@ -148,8 +163,9 @@ class Turns {
     }
   }
 
-  template <bool kSteps>
-  void apply_as(const float* from, float* to, int rounding) const {
+  // load(c): channels [c, c + N) of what is at `from`.
+  template <bool kSteps, class Load>
+  void apply_as(Load load, const float* from, float* to, int rounding) const {
     const bool rounded = rounding == QK_TURN_B || rounding == QK_TURN_H;
     const float *cos = cos_[rounded], *sin = sin_[rounded];
     for (int b = 0, c = 0; b < blocks_; b++, c += N) {
@@ -158,8 +174,8 @@ class Turns {
       if (way.how == kGathers) {
         x = V::gather(from, own_ + c), other = V::gather(from, partner_ + c);
       } else {
-        x = V::load(from + c);
-        other = way.how == kShifts ? V::load(from + c + way.distance) : V::swap(x);
+        x = load(c);
+        other = way.how == kShifts ? load(c + way.distance) : V::swap(x);
       }
       if (way.how != kStays) {
         const F cs = V::load(cos + c), sn = V::load(sin + c);

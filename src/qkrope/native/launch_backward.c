@@ -37,7 +37,7 @@ static int is_tight(const qk_variant* v) {
 
 static long long ceil_div(long long a, long long b) { return (a + b - 1) / b; }
 
-// Blocks that the device holds at once: more would begin when others end, and double the time.
+// Blocks of so many warps a multiprocessor.
 static long long held_blocks(int num_sms, int warps, int block) {
   if (forced.warps) warps = forced.warps;
   return (long long)num_sms * (warps > block ? warps / block : 1);
@@ -147,6 +147,21 @@ static void start_sums(qk_backward_step* step) {
   step->grid.block[1] = QK_SUM_THREADS / 32;
 }
 
+// What the scan of `bars --grid` found (docs/kernel-log.md): with sums 16 warps a multiprocessor,
+// four fewer than there is room for. Without them nothing is lost when a block ends, so that a
+// large call is shared out as blocks end, and not beforehand.
+static long long wanted_blocks(const qk_launch_backward_plain* p, const qk_variant* v, int sums,
+                               int rows, int num_sms) {
+  enum { WITH_SUMS = 16, LARGE = 8, ROUNDS = 8 };
+  const qk_launch_side* side = p->plain.side;
+  int warps = QK_BACKWARD_WARPS(v->head_dim, is_tight(v));
+  const long long units = qk_slots_of(side[0].heads, rows) + qk_slots_of(side[1].heads, rows);
+  const long long work = p->plain.tokens * units / QK_GROUPS(v->head_dim);  // of a warp
+  if (sums && warps > WITH_SUMS) warps = WITH_SUMS;
+  if (!sums && work > (long long)LARGE * warps * num_sms) warps *= ROUNDS;
+  return held_blocks(num_sms, warps, block_warps());
+}
+
 static int prepare_plain(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
                          int part, qk_backward_step* to, long long* answer) {
   const qk_variant* v = &c->variant;
@@ -158,7 +173,7 @@ static int prepare_plain(const qk_kernels* kernels, const qk_frac* frac, const q
   qk_fill_launch(&c->part[part], item, frac, &p->plain);
   fill_side(&grads->q, item, p->plain.ndim, &p->more[0], p->dy_dim[0]);
   fill_side(&grads->k, item, p->plain.ndim, &p->more[1], p->dy_dim[1]);
-  p->prefetch = forced.prefetch >= 0 ? forced.prefetch : 1;
+  p->prefetch = forced.prefetch >= 0 ? forced.prefetch : 3;
   int rows = rows_of(v->head_dim);
   const int vector = forced.rows == 4 ? 2 : rows - 1, has_layout = kernels->function[vector] != 0;
   grid->function = vector;
@@ -166,9 +181,9 @@ static int prepare_plain(const qk_kernels* kernels, const qk_frac* frac, const q
     grid->function = qk_scalar_kernel(has_layout, answer);
     rows = 1;
   }
-  if ((p->more[0].parts || p->more[1].parts) && check_room(grads->partials, 1)) return -1;
-  const int warps = QK_BACKWARD_WARPS(v->head_dim, is_tight(v));
-  shape(p, v->head_dim, held_blocks(kernels->num_sms, warps, block_warps()), rows, grads->partials,
+  const int sums = p->more[0].parts || p->more[1].parts;
+  if (sums && check_room(grads->partials, 1)) return -1;
+  shape(p, v->head_dim, wanted_blocks(p, v, sums, rows, kernels->num_sms), rows, grads->partials,
         grid);
   start_sums(&to[1]);
   add_sum(grads->q.dweight, grads->q.dweight_parts, grads->q.dweight_count, p->plain.q_slots,
