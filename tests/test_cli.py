@@ -331,6 +331,17 @@ def test_build_the_options(run_json: Callable[..., Any]) -> None:
         assert sorted(b["variant"]["options"] is not None for b in built) == found
 
 
+def test_build_the_gradients(run_json: Callable[..., Any]) -> None:
+    """Those of a Spec with casts on the way are of the Spec without."""
+    pytest.importorskip("cuda.bindings", reason="the extra qkrope[cuda] is not installed")
+    argv = ("build", "--arch", "sm_90", "--backward", "--spec")
+    spec = qkrope.Spec(4, 2, 64, rounding="eager").canonical()
+    built = run_json(*argv, spec)["built"]
+    found = {b["variant"]["backward"]: b["variant"]["options"] is None for b in built}
+    assert found == {False: False, True: True}
+    assert all(("sums" in b["kernels"]) == b["variant"]["backward"] for b in built)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the architecture to take")
 def test_build_needs_an_arch_without_a_gpu(capsys: Capture) -> None:
     assert main(["build", *SMALL]) == 2

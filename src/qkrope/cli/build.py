@@ -48,6 +48,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="also the kernels of calls that bring more than weights: a bias, a scale, a weight or "
         "table for each head, tokens that do not turn",
     )
+    parser.add_argument("--backward", action="store_true", help="also the kernels of the gradients")
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
     add_spec_flags(parser)
     parser.set_defaults(run=run)
@@ -102,7 +103,8 @@ def name(variant: Variant) -> str:
     norm = "|".join(dict.fromkeys((variant.q_norm, variant.k_norm)))
     weights = sorted({variant.q_weight, variant.k_weight} - {variant.dtype})
     parts = [f"{variant.head_dim}/{variant.rotary_dim}", variant.pairing, norm, variant.dtype]
-    return " ".join([*parts, *(f"w:{dtype}" for dtype in weights), variant.angle])
+    backward = ["backward"] if variant.backward else []
+    return " ".join([*parts, *(f"w:{dtype}" for dtype in weights), variant.angle, *backward])
 
 
 def _archs(given: list[str] | None) -> list[str]:
@@ -146,6 +148,7 @@ def _specs(args: argparse.Namespace, out: Output) -> list[Spec]:
 
 
 def _variants(args: argparse.Namespace, out: Output) -> list[Variant]:
+    from qkrope.plan import once_of
     from qkrope.variant import Variant
 
     found: dict[Variant, None] = {}
@@ -154,7 +157,10 @@ def _variants(args: argparse.Namespace, out: Output) -> list[Variant]:
             for angle in args.angles or ["phase"]:
                 weight = args.weight_dtype
                 for general in (False, True) if args.options else (False,):
-                    found[Variant.of(spec, dtype, weight, weight, angle, general)] = None
+                    given = (dtype, weight, weight, angle, general)
+                    found[Variant.of(spec, *given)] = None
+                    if args.backward:
+                        found[Variant.of(once_of(spec), *given, backward=True)] = None
     return list(found)
 
 
