@@ -16,7 +16,6 @@ import emulated
 from cases import LAYOUTS, Recipe, assert_same_bits
 from grads import Gradients, check_gradients
 from qkrope import _native, cpu
-from qkrope.cuda import compile as compiling
 from qkrope.spec import Norm, Rope, Spec
 from qkrope.variant import Variant
 from test_emulated import BF16, FP16, FP32, SHAPES, option_recipe
@@ -27,9 +26,9 @@ from test_options import OPTIONS, PAIRS
 @pytest.fixture(autouse=True)
 def a_small_device() -> Iterator[None]:
     """So few warps that a group of lanes goes through several units of a small call."""
-    _native.lib().force_backward(0, 0, 4, -1)
+    _native.lib().force_backward(0, 4, -1)
     yield
-    _native.lib().force_backward(0, 0, 0, -1)
+    _native.lib().force_backward(0, 0, -1)
 
 
 @pytest.fixture
@@ -197,47 +196,3 @@ def test_a_fault_shows(monkeypatch: pytest.MonkeyPatch, name: str, right: str, w
     monkeypatch.setattr(cpu, "qk_norm_rope_backward", run)
     with pytest.raises(AssertionError):
         check_gradients(SAME[name], "cpu")
-
-
-# ---- the forms that the bench tries -------------------------------------------------------------
-
-FORMS = (1, 2, 4)  # of qkrope.bench.gradients.GRIDS
-
-
-@pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    every = ("vector1", "vector2", "vector4", "scalar", "sums")
-    monkeypatch.setattr(compiling, "tried", "#define QK_TRIED\n")
-    monkeypatch.setattr(Variant, "kernels", property(lambda _: every))
-    emulated.kernels.cache_clear()
-    yield
-    emulated.kernels.cache_clear()
-
-
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
-def test_every_form_computes_the_same(device: str, tried: None, pairing: str) -> None:
-    recipe = Recipe(Spec(5, 2, 128, rope=Rope(pairing=pairing)), lead=(2, 19), layout="padded")
-    found = []
-    for form in FORMS:
-        for block in (2, 4):
-            _native.lib().force_backward(form, block, 4, 3)
-            found.append(check_gradients(recipe, device))
-    for other in found[1:]:
-        for side in "qk":
-            assert_same_bits(found[0][side], other[side])
-
-
-def test_a_unit_that_is_not_waited_for_shows(
-    monkeypatch: pytest.MonkeyPatch, device: str, tried: None
-) -> None:
-    source = emulated.source
-
-    def broken(variant: Variant) -> str:
-        text = source(variant)
-        assert "wait_copies<kStages - 1>();" in text
-        return text.replace("wait_copies<kStages - 1>();", "wait_copies<kStages>();")
-
-    monkeypatch.setattr(emulated, "source", broken)
-    _native.lib().force_backward(4, 4, 4, 0)
-    with pytest.raises(AssertionError):
-        check_gradients(Recipe(Spec(5, 2, 128), lead=(2, 19)), device)

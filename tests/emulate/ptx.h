@@ -30,39 +30,6 @@ inline void sincos_by_hardware(float x, float& s, float& c) {
 inline void release_next() {}
 inline void wait_for_previous() {}
 inline void fetch_into_l2(const char*) {}
-// A copy is made no sooner than a lane waits for it.
-struct Copies {
-  struct Copy {
-    void* to;
-    const void* from;
-    int bytes, group;
-  };
-  Copy copies[64];
-  int count, group;
-};
-static Copies pending[emulated::kMost];
-inline Copies& my_copies() { return pending[threadIdx.y * emulated::kWarp + threadIdx.x]; }
-template <int kBytes>
-inline void copy_async(void* to, const void* from) {
-  if ((unsigned long)to % kBytes || (unsigned long)from % kBytes) raise(SIGILL);
-  Copies& mine = my_copies();
-  if (mine.count == 64) abort();
-  mine.copies[mine.count++] = {to, from, kBytes, mine.group};
-}
-inline void commit_copies() { ++my_copies().group; }
-template <int kGroups>
-inline void wait_copies() {
-  Copies& mine = my_copies();
-  int left = 0;
-  for (int i = 0; i < mine.count; ++i) {
-    const Copies::Copy& copy = mine.copies[i];
-    if (copy.group < mine.group - kGroups)
-      memcpy(copy.to, copy.from, copy.bytes);
-    else
-      mine.copies[left++] = copy;
-  }
-  mine.count = left;
-}
 inline void settle(float&) {}
 inline void settle(const char*&) {}
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from .. import _native
-from ..cuda import compile as compiling
 from ..spec import Norm, Rope, Spec
 from . import gradients, timing
 from .data import Inputs, another_buffer, make_inputs, stationary
@@ -178,7 +177,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grid", action="store_true", help="try every number of rows and warps")
     parser.add_argument("--out", type=Path, help="append one JSON line a case")
     options = parser.parse_args(argv)
-    compiling.tried = "#define QK_TRIED\n" if options.grid else ""
     wanted = options.only.split(",") if options.only else [""]
     bars = [bar for bar in BARS if any(text in bar.name for text in wanted)]
     facts = environment(torch.device("cuda"))

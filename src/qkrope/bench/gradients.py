@@ -129,22 +129,20 @@ def sweep_measure(buffers: Sequence[Rows], launches: int) -> Measure:
 
 # ---- grids ------------------------------------------------------------------------------------
 
-# Form (1: rings of four stages, one head a unit; 2: registers, two heads; 4: rings of three stages,
-# two heads), warps a block, warps a multiprocessor, and what is asked for before the wait.
+# Warps a block and a multiprocessor, and what is asked for before the wait: nothing, x, x and dy.
 GRIDS = [
-    (form, block, warps, prefetch)
-    for form, counts in ((1, (16, 20, 24, 28)), (2, (12, 16, 20)), (4, (12, 16, 20, 24)))
+    (block, warps, prefetch)
     for block in (2, 4)
-    for warps in counts
+    for warps in (12, 16, 20, 48, 160)
     for prefetch in (0, 1, 3)
 ]
 
 
 @contextmanager
-def forced(grid: tuple[int, int, int, int]) -> Iterator[None]:
+def forced(grid: tuple[int, int, int]) -> Iterator[None]:
     """In which a grid takes the place of the rules, for the calls that are made and captured."""
     _native.lib().force_backward(*grid)
     try:
         yield
     finally:
-        _native.lib().force_backward(0, 0, 0, -1)
+        _native.lib().force_backward(0, 0, -1)

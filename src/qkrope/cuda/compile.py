@@ -24,7 +24,6 @@ _GENERAL = (*_OPTIONS, "place.cuh", "team.cuh", "general.cu")
 _BACKWARD_GENERAL = (*_OPTIONS, "slopes.cuh", "backward.h", "sums.cuh", "backward_general.cu")
 _COMPILERS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 _INSTALL = "pip install qkrope[cuda]"
-tried = ""  # "#define QK_TRIED\n": the backward's other forms too, for the bench that tries them
 
 
 # Named tuples here and in cache.py: five times as fast to define as dataclasses, at each start.
@@ -70,7 +69,7 @@ def source(variant: Variant) -> str:
         (False, True): _BACKWARD,
         (True, True): _BACKWARD_GENERAL,
     }[variant.options is not None, variant.backward]
-    return (tried if variant.backward else "") + variant.macros() + _body(sources)
+    return variant.macros() + _body(sources)
 
 
 @cache

@@ -91,85 +91,6 @@ __device__ __forceinline__ void load(const Launch& p, Work& work, bool normed,
   step(more, work);
 }
 
-// ---- units on their way through shared memory
-// -----------------------------------------------------
-
-// What a lane reads of kStages units, each lane's own, in pieces of kBytes: nothing is exchanged,
-// so that there is no barrier. Registers hold the unit alone that is computed.
-template <int kBytes, int kRows, int kStages>
-struct Ring {
-  using Row = Share<QK_DTYPE, kBytes>;
-  static constexpr int kPieces = Row::kWords * 4 / kBytes;  // of a row
-  static constexpr bool kRowsOfTable = QK_ANGLE == QK_ANGLE_TABLE;
-  struct Unit {
-    char* dx;
-    int count;
-  };
-  struct alignas(16) Stage {
-    unsigned rows[kRows][2][kPieces][32][kBytes / 4];
-    Unit units[32];
-    uint2 position[32];
-    long long table[kRowsOfTable ? 2 : 1][kRowsOfTable ? 32 : 1];
-  };
-
-  __device__ __forceinline__ static void copy(const char* from, int first,
-                                              unsigned (*to)[32][kBytes / 4]) {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int run = kHalf ? i / (kPieces / 2) : 0, at = kHalf ? i % (kPieces / 2) : i;
-      copy_async<kBytes>(to[i][threadIdx.x], from + at * kBytes + (run ? Row::apart(first) : 0));
-    }
-  }
-  __device__ __forceinline__ static void fetch(const unsigned (*from)[32][kBytes / 4], Row& to) {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i)
-      load_run<kBytes / 4, kBytes>(from[i][threadIdx.x], to.words + i * (kBytes / 4));
-  }
-
-  // Asks for a unit, and goes on to the next.
-  __device__ __forceinline__ static void ask(const Launch& p, Work& work, bool normed, Stage& to) {
-    const qk_launch_side& side = p.plain.side[work.is_k];
-    const qk_backward_side& more = p.more[work.is_k];
-    const Heads heads = find<kBytes>(p, work);
-    to.units[threadIdx.x] = {side.y + heads.dx, heads.count};
-    if (kRowsOfTable)
-      to.table[0][threadIdx.x] = heads.cos, to.table[kRowsOfTable][threadIdx.x] = heads.sin;
-    if (QK_ANGLE != QK_ANGLE_NONE && (QK_ANGLE != QK_ANGLE_TABLE || p.plain.pos)) {
-      const char* const pos = p.plain.pos + heads.pos;
-      if (p.plain.pos_wide)
-        copy_async<8>(&to.position[threadIdx.x], pos);
-      else
-        copy_async<4>(&to.position[threadIdx.x], pos);
-    }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (i >= heads.count) continue;
-      if (normed) copy(side.x + heads.x + i * side.x_head, work.first, to.rows[i][0]);
-      copy(more.dy + heads.dy + i * more.dy_head, work.first, to.rows[i][1]);
-    }
-    commit_copies();
-    step(more, work);
-  }
-
-  __device__ __forceinline__ static void take(bool normed, const Stage& from,
-                                              Batch<kBytes, kRows>& to) {
-    wait_copies<kStages - 1>();
-    const Unit& unit = from.units[threadIdx.x];
-    to.dx = unit.dx, to.count = unit.count;
-    if (kRowsOfTable)
-      to.cos = from.table[0][threadIdx.x], to.sin = from.table[kRowsOfTable][threadIdx.x];
-    const uint2 position = from.position[threadIdx.x];
-    to.position = (int)position.x, to.high_word = (int)position.y;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      to.x[i].clear(), to.dy[i].clear();
-      if (i >= to.count) continue;
-      if (normed) fetch(from.rows[i][0], to.x[i]);
-      fetch(from.rows[i][1], to.dy[i]);
-    }
-  }
-};
-
 // What a block knows of its side.
 struct Side {
   bool normed;
@@ -282,7 +203,7 @@ __device__ __forceinline__ void read_weights(const Launch& p, const Work& work, 
     read_weight<QK_K_WEIGHT, kBytes>(side, work.first, to);
 }
 
-template <int kBytes, int kRows, int kStages>
+template <int kBytes, int kRows, bool kAhead>
 __device__ __forceinline__ void run(const Launch& p) {
   release_next();
 
@@ -320,38 +241,18 @@ __device__ __forceinline__ void run(const Launch& p) {
 
   Batch<kBytes, kRows> now;
   float sums[2 * kCount] = {};
-  auto read_more = [&] {
-    if (!p.plain.early_weights) read_weights<kBytes>(p, work, own);
-    if (QK_ANGLE == QK_ANGLE_INV_FREQ) bad_pairs = read_inv_freq(p.plain, work.first, frac);
-  };
-  if constexpr (kStages > 1) {
-    using Units = Ring<kBytes, kRows, kStages>;
-    __shared__ typename Units::Stage stages[QK_SUM_WARPS][kStages];
-    typename Units::Stage(&mine)[kStages] = stages[threadIdx.y];
+  Batch<kBytes, kRows> next;
+  load(p, work, own.normed, now);
+  if (!p.plain.early_weights) read_weights<kBytes>(p, work, own);
+  if (QK_ANGLE == QK_ANGLE_INV_FREQ) bad_pairs = read_inv_freq(p.plain, work.first, frac);
 #pragma unroll 1
-    for (int i = 0; i < kStages; ++i) Units::ask(p, work, own.normed, mine[i]);
-    read_more();
-    int stage = 0;
-#pragma unroll 1
-    for (int step = 0; step < more.steps; ++step) {
-      Units::take(own.normed, mine[stage], now);
-      Units::ask(p, work, own.normed, mine[stage]);
-      finish(p, work, own, frac, bad_pairs, now, sums);
-      stage = stage + 1 < kStages ? stage + 1 : 0;
-    }
-  } else {
-    Batch<kBytes, kRows> next;
-    load(p, work, own.normed, now);
-    read_more();
-#pragma unroll 1
-    for (int step = 0; step < more.steps; ++step) {
-      if (kStages) load(p, work, own.normed, next);
-      finish(p, work, own, frac, bad_pairs, now, sums);
-      if (kStages)
-        now = next;
-      else if (step + 1 < more.steps)
-        load(p, work, own.normed, now);
-    }
+  for (int step = 0; step < more.steps; ++step) {
+    if (kAhead) load(p, work, own.normed, next);
+    finish(p, work, own, frac, bad_pairs, now, sums);
+    if (kAhead)
+      now = next;
+    else if (step + 1 < more.steps)
+      load(p, work, own.normed, now);
   }
 
   // 6. Sum: of all heads and tokens of the block.
@@ -370,9 +271,9 @@ __device__ __forceinline__ void run(const Launch& p) {
 
 }  // namespace
 
-#define QK_KERNEL(name, bytes, rows, stages, registers)                                      \
+#define QK_KERNEL(name, bytes, rows, ahead, registers)                                       \
   extern "C" __global__ void __maxnreg__(registers) name(const __grid_constant__ Launch p) { \
-    run<bytes, rows, stages>(p);                                                             \
+    run<bytes, rows, ahead>(p);                                                              \
   }
 
 #if QK_VECTOR_BYTES
@@ -380,11 +281,7 @@ static_assert(kRuns, "vector loads");
 #if QK_BACKWARD_ROWS(QK_HEAD_DIM) == 1
 QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, kUnits < 4, kRegisters)
 #else
-QK_KERNEL(qkrope_vector2, QK_VECTOR_BYTES, 2, 1, kRegisters)
+QK_KERNEL(qkrope_vector2, QK_VECTOR_BYTES, 2, true, kRegisters)
 #endif
 #endif
-#ifdef QK_TRIED
-QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, 4, 72)
-QK_KERNEL(qkrope_vector4, QK_VECTOR_BYTES, 2, 3, 80)
-#endif
-QK_KERNEL(qkrope_scalar, 0, 1, 0, 255)
+QK_KERNEL(qkrope_scalar, 0, 1, false, 255)

@@ -35,12 +35,11 @@ FUNCTION(backward_launch_bytes) {
   return return_int(result, sizeof(((qk_backward_step*)0)->launch));
 }
 
-// force_backward(rows, warps a block, warps a multiprocessor, prefetch): overrides the rules while
-// the bench tries alternatives; (0, 0, 0, -1) is the rules again.
+// force_backward(warps a block, warps a multiprocessor, prefetch): overrides the rules while the
+// bench tries alternatives; (0, 0, -1) is the rules again.
 FUNCTION(force_backward) {
   (void)self;
-  if (n != 4) return qk_raise("TypeError", "force_backward: expected 4 arguments, got %d", n);
-  qk_force_backward((int)args[0].v_int64, (int)args[1].v_int64, (int)args[2].v_int64,
-                    (int)args[3].v_int64);
+  if (n != 3) return qk_raise("TypeError", "force_backward: expected 3 arguments, got %d", n);
+  qk_force_backward((int)args[0].v_int64, (int)args[1].v_int64, (int)args[2].v_int64);
   return return_int(result, 0);
 }

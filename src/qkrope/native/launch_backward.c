@@ -15,15 +15,11 @@ long long qk_backward_key(const qk_checked* c) { return qk_slot_key(c) | 1LL << 
 // ---- the grid ----------------------------------------------------------------------------------
 
 static struct {
-  int rows, block, warps, prefetch;
-} forced = {0, 0, 0, -1};
+  int block, warps, prefetch;
+} forced = {0, 0, -1};
 
-void qk_force_backward(int rows, int block, int warps, int prefetch) {
-  forced.rows = rows, forced.block = block, forced.warps = warps, forced.prefetch = prefetch;
-}
-
-static int rows_of(int head_dim) {
-  return forced.rows ? forced.rows == 1 ? 1 : 2 : QK_BACKWARD_ROWS(head_dim);
+void qk_force_backward(int block, int warps, int prefetch) {
+  forced.block = block, forced.warps = warps, forced.prefetch = prefetch;
 }
 
 enum { LEAST_WARPS = 4 };  // of a block
@@ -174,8 +170,8 @@ static int prepare_plain(const qk_kernels* kernels, const qk_frac* frac, const q
   fill_side(&grads->q, item, p->plain.ndim, &p->more[0], p->dy_dim[0]);
   fill_side(&grads->k, item, p->plain.ndim, &p->more[1], p->dy_dim[1]);
   p->prefetch = forced.prefetch >= 0 ? forced.prefetch : 3;
-  int rows = rows_of(v->head_dim);
-  const int vector = forced.rows == 4 ? 2 : rows - 1, has_layout = kernels->function[vector] != 0;
+  int rows = QK_BACKWARD_ROWS(v->head_dim);
+  const int vector = rows - 1, has_layout = kernels->function[vector] != 0;
   grid->function = vector;
   if (!has_layout || !qk_is_aligned(v, &p->plain, bits_of(p))) {
     grid->function = qk_scalar_kernel(has_layout, answer);

@@ -53,35 +53,6 @@ __device__ __forceinline__ void wait_for_previous() {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
-// Copies of 4, 8 or 16 bytes into shared memory that go on by themselves. A thread's copies since
-// its last commit_copies are a group; wait_copies<n> returns when all but its last n groups are
-// there.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-#if __CUDA_ARCH__ >= 800
-  const unsigned at = (unsigned)__cvta_generic_to_shared(to);
-  if (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(kBytes)
-                 : "memory");
-#else
-#pragma unroll
-  for (int i = 0; i < kBytes / 4; ++i) ((unsigned*)to)[i] = ((const unsigned*)from)[i];
-#endif
-}
-[[maybe_unused]] __device__ __forceinline__ void commit_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-template <int kGroups>
-__device__ __forceinline__ void wait_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-#endif
-}
-
 // Asks for a value here, so that what makes it is not left for after the wait below.
 [[maybe_unused]] __device__ __forceinline__ void settle(float& x) { asm volatile("" : "+f"(x)); }
 [[maybe_unused]] __device__ __forceinline__ void settle(const char*& pointer) {
