@@ -383,7 +383,7 @@ QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, kUnits < 4, kRegisters)
 QK_KERNEL(qkrope_vector2, QK_VECTOR_BYTES, 2, 1, kRegisters)
 #endif
 #endif
-#ifdef QK_TRIED
+#if defined(QK_TRIED) && QK_BACKWARD_ROWS(QK_HEAD_DIM) == 2 && QK_DTYPE != 0  // no float32
 QK_KERNEL(qkrope_vector1, QK_VECTOR_BYTES, 1, 4, 72)
 QK_KERNEL(qkrope_vector4, QK_VECTOR_BYTES, 2, 3, 80)
 #endif
