@@ -26,7 +26,7 @@ static int rows_of(int head_dim) {
   return forced.rows ? forced.rows == 1 ? 1 : 2 : QK_BACKWARD_ROWS(head_dim);
 }
 
-enum { LEAST_WARPS = 4 };  // of a block
+enum { LEAST_WARPS = QK_SUM_WARPS };  // of a block; a team may have more
 static int block_warps(void) { return forced.block ? forced.block : LEAST_WARPS; }
 
 static int is_tight(const qk_variant* v) {
