@@ -22,7 +22,7 @@ void qk_force_backward(int block, int warps, int prefetch) {
   forced.block = block, forced.warps = warps, forced.prefetch = prefetch;
 }
 
-enum { LEAST_WARPS = 4 };  // of a block
+enum { LEAST_WARPS = QK_SUM_WARPS };  // of a block; a team may have more
 static int block_warps(void) { return forced.block ? forced.block : LEAST_WARPS; }
 
 static int is_tight(const qk_variant* v) {
