@@ -7,7 +7,7 @@ from itertools import pairwise
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 
 import qkrope
 from cases import ANGLES, LAYOUTS, Recipe, assert_same_bits
@@ -242,3 +242,18 @@ def test_random_options(isa: str, recipe: Recipe) -> None:
 @given(recipe=option_recipes())
 def test_many_random_options(recipe: Recipe) -> None:
     examine(recipe, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_random_options_on_a_gpu(cuda: str, part: int) -> None:
+    """Each example is another kernel to compile: two minutes, where four processes share them."""
+
+    @seed(part)
+    @settings(PLAIN, derandomize=False, max_examples=120)
+    @given(recipe=option_recipes())
+    def examples(recipe: Recipe) -> None:
+        examine(recipe, cuda)
+
+    examples()
