@@ -80,6 +80,9 @@ __device__ __forceinline__ void serve(const qk_launch& p, Work& work) {
   const char* pos = p.pos + work.at.pos;
   settle(pos);
   wait_for_previous();
+  // Again, for no other effect than that the compiler moves neither loads nor addresses across: the
+  // frequencies come before the wait, and what follows it goes out together.
+  release_next();
 
   // 3. Load: the position, on which the angles wait, and every head of the walk in flight at once.
   int position = 0, high_word = 0;
