@@ -16,7 +16,7 @@ FUNCTION(backward_prepare) {
   if (qk_check(&call, &checked)) return -1;
   qk_backward_step* to = (qk_backward_step*)(uintptr_t)args[0].v_int64;
   if (!to) return return_int(result, qk_backward_key(&checked));
-  qk_kernels kernels = {{0}, (int)args[2].v_int64};
+  qk_kernels kernels = {.num_sms = (int)args[2].v_int64};
   for (int i = 0; i < QK_KERNELS; ++i)
     if (args[1].v_int64 >> i & 1) kernels.function[i] = to;  // any address but null
   long long count = 0, answer;
