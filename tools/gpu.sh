@@ -9,7 +9,8 @@
 #
 # Environment: OUT (default build/out) receives the full logs; QKROPE_COMMIT names the commit in
 # bench records where there is no git checkout; PYTEST_ARGS, BENCH_ARGS, BARS_ARGS, PEERS_ARGS,
-# SANITIZE_ARGS are passed on; PEERS (default peers) is the folder that tools/fetch_peers.py filled.
+# GRID_ARGS, TRAINING_ARGS, SANITIZE_ARGS are passed on; PEERS (default peers) is the folder that
+# tools/fetch_peers.py filled.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
