@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+import qkrope
+import qkrope.torch_op
 from cases import Recipe, assert_same_bits
 from grads import Gradients
 from qkrope import _native, cpu, ops_backward
@@ -40,6 +42,11 @@ def backward_args() -> dict[str, object]:
         ({"dv_out": torch.zeros(3, 2, 48)}, ValueError, "dv_out: expected None, since v is None"),
         ({"positions": None}, ValueError, "positions: expected"),
         ({"q_weight": torch.zeros(9)}, ValueError, "q_weight: expected shape"),
+        ({"q": torch.zeros(5)}, ValueError, "q: expected .*heads, head_dim"),
+        ({"dq_out": torch.tensor(1.0)}, ValueError, "dq_out: expected .*heads, head_dim"),
+        ({"dq_out": 3.0}, TypeError, "dq_out: expected a torch tensor"),
+        ({"wanted": (True,)}, ValueError, "wanted: expected 5 values, got 1"),
+        ({"out": (None, None)}, ValueError, "out: expected None in a backward"),
     ],
 )
 def test_refusals_of_the_backward(
@@ -113,3 +120,35 @@ def test_large_and_small_rows(isa: str, kind: str, size: float) -> None:
             dy.mul_(min(size, 1.0))
     grads.call.__post_init__()
     grads.check(grads.run())
+
+
+@pytest.mark.parametrize("dim", [2, 20, 40])
+def test_a_nan_of_the_rest_stays_in_its_head(backend: str, dim: int) -> None:
+    """Behind a part that ends between two vectors too, and in the heads after it."""
+    spec = Spec(8, 1, 48, norm=Norm(dim=dim, rest=Norm()), rope=None)
+    q = torch.randn(8, 8, 48, generator=torch.Generator().manual_seed(1)).to(backend)
+    q[0, 1, 44] = torch.nan
+    leaf = q.requires_grad_()
+    y, _ = qkrope.qk_norm_rope(leaf, None, None, None, None, spec)
+    (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    bad = dx.isnan().any(-1).nonzero().tolist()
+    assert bad == [[0, 1]]
+
+
+def test_an_op_reads_weights_no_earlier_than_training_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Grad mode is off inside a training step's op: that is no promise about its weights."""
+    seen = []
+    run = cpu.qk_norm_rope
+    monkeypatch.setattr(cpu, "qk_norm_rope", lambda plan, *o: (seen.append(o[0]), run(plan, *o)))
+    q, k, weight, _, positions, spec = Recipe(SPEC, lead=(3,)).make().args()
+    weight = weight.clone().requires_grad_()
+    op = torch.ops.qkrope.qk_norm_rope.default
+    op(q, k, weight, None, positions, spec.canonical())
+    with torch.no_grad():
+        op(q, k, weight, None, positions, spec.canonical())
+    torch.compile(
+        lambda w: qkrope.qk_norm_rope(q, k, w, None, positions, spec), backend="aot_eager"
+    )(weight)
+    assert seen == [0, 0, 0]

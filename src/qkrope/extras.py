@@ -109,11 +109,16 @@ def native_operands(
     for name, value in operands.items():
         # The sine of a conjugated table: its memory holds the opposite of its values.
         if isinstance(value, Tensor) and value.is_neg():
-            raise ValueError(
-                f"{name}: expected a tensor whose memory holds its values, got one that torch "
-                "negates when it is read (the imag of a conj?); call resolve_neg() on it"
-            )
+            refuse_negated(name)
     return operands
+
+
+def refuse_negated(name: str) -> None:
+    """ValueError for a tensor whose memory holds the opposite of its values."""
+    raise ValueError(
+        f"{name}: expected a tensor whose memory holds its values, got one that torch negates when "
+        "it is read (the imag of a conj?); call resolve_neg() on it"
+    )
 
 
 def _scale(name: str, value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, Unpack
 import torch
 
 from . import cpu
-from .extras import Extras, native_operands, pair
+from .extras import Extras, native_operands, pair, refuse_negated
 from .plan import Plan, bare_of, plan_of
 from .prebuild import build_variant, warmup
 from .scaling import DynamicNTK
@@ -81,6 +81,9 @@ def _prepare(
         flags = 0
     else:
         flags = _UNWRITTEN_WEIGHTS
+    for name, tensor in (("q", q), ("k", k), ("q_weight", q_weight), ("k_weight", k_weight)):
+        if isinstance(tensor, Tensor) and tensor.is_neg():
+            refuse_negated(name)
     k_positions = None
     if isinstance(positions, tuple | list):
         positions, k_positions = pair("positions", positions)

@@ -14,6 +14,7 @@ x: nothing but the inputs is kept. Casts of another ``rounding`` than "once" cou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from .plan import Plan, once_of, refuse_no_spec
 from .spec import Spec
 
 __all__ = ["NAMES", "qk_norm_rope_backward"]
+
+_GRADS = ("dq_out", "dk_out", "dv_out")
 
 # The operands of a call by their places, as native code has them when they are not given.
 _ABSENT = [*(None,) * 22, 0, -1]
@@ -50,6 +53,8 @@ def qk_norm_rope_backward(
     wanted: which gradients of weights and biases to make, in the order of `NAMES`.
     The rest as in `qkrope.qk_norm_rope`.
 
+    It has no gradients of its own: run it under no_grad.
+
     Returns contiguous tensors of q's, k's and v's shape and dtype, then float32 sums of the
     weights' and biases' shapes; the same bits whatever the number of threads.
     Raises TypeError and ValueError naming argument, expected and got.
@@ -57,7 +62,14 @@ def qk_norm_rope_backward(
     grads = (dq_out, dk_out, dv_out)
     if all(g is None for g in grads):
         raise ValueError("dq_out, dk_out, dv_out: expected a tensor for at least one, got None")
+    if extras.get("out") is not None:
+        raise ValueError("out: expected None in a backward, got a value")
+    if len(wanted) != len(NAMES) - 3:
+        raise ValueError(f"wanted: expected {len(NAMES) - 3} values, got {len(wanted)}")
     given = (q, k, extras.pop("v", None))
+    for name, t in zip(("q", "k", "v", *_GRADS), (*given, *grads), strict=True):
+        if t is not None and ops._plain(name, t).ndim < 2:
+            raise ValueError(f"{name}: expected [..., heads, head_dim], got {t.ndim} dimensions")
     q, k, v = x = [None if g is None else t for t, g in zip(given, grads, strict=True)]
     dy = [None if g is None else _rows(g) for g in grads]
     dx = [None if t is None else ops._empty_like("qkv"[i], t) for i, t in enumerate(x)]
@@ -98,7 +110,7 @@ def _sum_of(of: Tensor, x: Tensor) -> Tensor:
 
 def _workspace(plan: Plan, given: list[Tensor], columns: int) -> Tensor:
     """Room for the partial sums of the gradients of weights and biases."""
-    tokens = max(t.numel() // (t.shape[-2] * t.shape[-1]) for t in given)
+    tokens = max(math.prod(t.shape[:-2]) for t in given)
     device, units = given[0].device, 0
     if device.type == "cuda":
         units = torch.cuda.get_device_properties(device).multi_processor_count

@@ -7,6 +7,7 @@ import torch
 from . import _native
 from ._limits import flag
 from .plan import Plan, bare_of, once_of, plan_of
+from .scaling import DynamicNTK
 from .spec import Spec
 from .variant import DTYPES, Variant
 
@@ -59,13 +60,15 @@ def warmup(
         from .cuda import launch
 
         owners: dict[Variant, Plan] = {}
+        scaling = spec.rope.scaling if spec.rope else None
+        unscaled = {"table", "inv_freq"} if isinstance(scaling, DynamicNTK) else {"table"}
         for back in (False, True) if backward else (False,):
             own = once_of(spec) if back else spec
             plan, bare = plan_of(own, seq_len), plan_of(bare_of(own))
             for angle in ("phase", "inv_freq", "table") if spec.rotary_dim else ("none",):
                 for general in (False, True):
                     variant = _variant(own, dtype, weight_dtype, angle, general, back)
-                    owners[variant] = bare if angle == "table" else plan
+                    owners[variant] = bare if angle in unscaled else plan
         launch.compile_ahead(owners, _index(where))
         for variant, owner in owners.items():
             launch.build(owner, launch.slot_key(variant, _index(where)))

@@ -152,13 +152,14 @@ def _into(function: _Op) -> _Op:
 
 
 def _qk_norm_rope(*args: Any, **more: Any) -> list[Tensor]:
-    return [y for y in _whole(ops.qk_norm_rope)(*args, **more) if y is not None]
+    # In a compiled training step grad mode is off: whoever runs this may have written the weights.
+    made = _whole(partial(ops._qk_norm_rope, None))(*args, **more)
+    return [y for y in made if y is not None]
 
 
 def _with_gradients(q: Any = None, k: Any = None, **more: Any) -> list[Tensor]:
     rest = (more.pop(name, None) for name in _POSITIONAL)
-    made = _whole(partial(ops._qk_norm_rope, None))(q, k, *rest, **more)
-    return [y for y in made if y is not None]
+    return _qk_norm_rope(q, k, *rest, **more)
 
 
 def _qkv_norm_rope_(

@@ -227,7 +227,6 @@ __device__ __forceinline__ void run(const Launch& p) {
   qk_frac frac[kCount];
   unsigned bad_pairs = 0;
   if (QK_ANGLE == QK_ANGLE_PHASE) read_frac<kCount>(p.plain.frac, work.first, frac);
-  if (p.plain.early_weights) read_weights<kBytes>(p, work, own);
   if (kBytes > 0 && p.prefetch) {
     const Heads heads = find<kBytes>(p, work);
 #pragma unroll
@@ -243,7 +242,7 @@ __device__ __forceinline__ void run(const Launch& p) {
   float sums[2 * kCount] = {};
   Batch<kBytes, kRows> next;
   load(p, work, own.normed, now);
-  if (!p.plain.early_weights) read_weights<kBytes>(p, work, own);
+  read_weights<kBytes>(p, work, own);
   if (QK_ANGLE == QK_ANGLE_INV_FREQ) bad_pairs = read_inv_freq(p.plain, work.first, frac);
 #pragma unroll 1
   for (int step = 0; step < more.steps; ++step) {

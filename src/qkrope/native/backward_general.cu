@@ -106,7 +106,7 @@ struct Walk {
   }
   __device__ __forceinline__ bool turns_at(const Token& token, int head) {
     if (!Is::kTurns || !token.turns) return false;
-    if (each_turns()) set_angles(token, head < work.end ? head : work.head);
+    if (each_turns()) set_angles(token, head < work.end ? head : work.first_head);
     return true;
   }
 

@@ -316,8 +316,8 @@ FUNCTION(cuda_launch_bytes) {
 }
 _Static_assert(sizeof(prepared) == 32 + sizeof(qk_launch_general), "as tests/emulated.py reads it");
 
-// rows(tokens, q heads, k heads, head_dim, bytes an element, num_sms), block_warps(slots,
-// tokens, head_dim, rows, num_sms): the rules of the grid, for their tests.
+// rows(tokens, q heads, k heads, head_dim, bytes an element, num_sms), block_warps(slots, walks,
+// head_dim, rows, num_sms): the rules of the grid, for their tests.
 FUNCTION(rows) {
   (void)self;
   if (n != 6) return qk_raise("TypeError", "rows: expected 6 arguments, got %d", n);

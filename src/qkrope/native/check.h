@@ -31,7 +31,7 @@ int qk_check_scale(const qk_call* c, const operands* o, int side, int dtype, qk_
 int qk_check_memory(const qk_call* c, const operands* o);
 
 // check_backward.c: the gradient of one side's output, with its strides along the leading
-// dimensions, and the sums that go with it; then the workspace and the memory of all of them.
+// dimensions, and the sums that go with it; then the workspace.
 int qk_check_gradient(const qk_call* c, const operands* o, int side, int dtype, qk_side_grads* to,
                       long long* stride);
 int qk_check_workspace(const qk_call* c, const operands* o, qk_checked* out);

@@ -105,10 +105,18 @@ int qk_check_workspace(const qk_call* c, const operands* o, qk_checked* out) {
   const DLTensor* dy[] = {c->q_dy, c->k_dy, c->v_dy};
   qk_view v;
   long long columns = 0, needed = 0;
-  for (int i = 0; i < SIDES; ++i)
+  const DLTensor* sums[][2] = {
+      {c->q_dweight, c->q_dbias}, {c->k_dweight, c->k_dbias}, {c->v_dweight, 0}};
+  for (int i = 0; i < SIDES; ++i) {
     if (dy[i] && !o->has[i])
       return qk_raise("ValueError", "%s: expected None, since %s is None, got a tensor",
                       names[i][0], names[i][1]);
+    if (!o->has[i] && (sums[i][0] || sums[i][1]))
+      return qk_raise("ValueError",
+                      "d%s_weight, d%s_bias: expected None, since %s is None, got a "
+                      "tensor",
+                      names[i][1], names[i][1], names[i][1]);
+  }
   for (int i = 0; i < out->num_parts; ++i) {
     const qk_side_grads* sides[] = {&out->grads[i].q, &out->grads[i].k, &out->grads[i].v};
     const long long rows = qk_partials(c->plan, out->part[i].tokens, 0);

@@ -162,8 +162,7 @@ class Backward : Sides<V, kType> {
     }
   }
 
-  // ---- the common case, in fewer steps: an RMS norm of each head, nothing but a weight behind it
-  // --
+  // ---- the common case, in fewer steps: an RMS norm of each head, then nothing but a weight ----
 
   bool is_plain(int side) const {
     const Side& s = sides_[side];
@@ -254,8 +253,9 @@ class Backward : Sides<V, kType> {
       this->widen(dy, dy_ahead, h.dy.now);
       if (turns) this->turn(back_, s, walk, head, h.dy);
     }
-    // Sums of whole vectors see zeros at the end.
-    if (dim % N) V::store(h.x.now + dim, F(0.0f)), V::store(h.dy.now + dim, F(0.0f));
+    // Sums of whole vectors see zeros at the end, which a part that begins between two of them left
+    // something else in.
+    V::store(h.x.now + dim, F(0.0f)), V::store(h.dy.now + dim, F(0.0f));
   }
 
   void set_statistics(const Side& s, Head& h) const {

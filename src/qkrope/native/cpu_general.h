@@ -15,8 +15,8 @@ namespace {
 template <class V, int kType>
 class General : Sides<V, kType> {
   using Base = Sides<V, kType>;
-  using Base::kBatch, Base::kK, Base::kQ, Base::kScale, Base::kSides, Base::kSize, Base::kWidth;
-  using Base::kY, Base::N, Base::params_, Base::sides_, Base::turn_, Base::turns_, Base::variant_;
+  using Base::kBatch, Base::kScale, Base::kSides, Base::kSize, Base::kWidth;
+  using Base::kY, Base::N, Base::params_, Base::sides_, Base::turn_, Base::variant_;
   using typename Base::F;
   using typename Base::Round;
   using typename Base::Row;

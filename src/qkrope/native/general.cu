@@ -105,7 +105,7 @@ __device__ __forceinline__ void serve(const qk_launch_general& p, const qk_launc
   if (Is::kTurns && work.turns && !(kTable && p.table_heads)) set_angles(0);
   auto turned = [&](Values& v, int head) {
     if (!Is::kTurns || !work.turns) return;
-    if (kTable && p.table_heads) set_angles(head < work.end ? head : work.head);
+    if (kTable && p.table_heads) set_angles(head < work.end ? head : 0);
     turn<kSide>(angles, first, v);
   };
   // Row i as the norm sees it.

@@ -33,8 +33,8 @@ int qk_block_warps(int slots, long long walks, int head_dim, int rows, int num_s
   if (slots * walks > (long long)QK_BESIDE * num_sms) return even;  // many blocks are even enough
   int best = even;
   long long least = INT64_MAX;
-  for (int blocks = qk_slots_of(slots, most); blocks <= slots; ++blocks) {
-    const int warps = qk_slots_of(slots, blocks);
+  for (int most_here = most; most_here; --most_here) {
+    const int blocks = qk_slots_of(slots, most_here), warps = qk_slots_of(slots, blocks);
     long long busiest = (blocks * walks + num_sms - 1) / num_sms * warps;
     if (busiest < 3) busiest = 3;  // fewer gain nothing
     if (busiest < least) least = busiest, best = warps;

@@ -111,6 +111,7 @@ int qk_cuda_again(const qk_ready* ready, int device, void* stream);
 long long qk_slot_key(const qk_checked* call);
 qk_kernels* qk_cuda_load(int device, const void* cubin);
 int qk_cuda_bind(qk_plan* plan, long long key, int device, const qk_kernels* kernels);
+// launch_plain.c
 void qk_force_grid(int rows, int warps);
 int qk_grid_epoch(void);  // another number whenever the grid was forced or set free
 int qk_rows(long long tokens, int q_heads, int k_heads, int head_dim, int size, int num_sms);
