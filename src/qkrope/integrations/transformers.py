@@ -79,9 +79,10 @@ def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
     left: dict[str, str] = {}
     warned: dict[str, str] = {}
     made: dict[Any, Any] = {}
+    if ours := _ours(model):
+        name = next(iter(ours))
+        raise ValueError(f"model: expected one that is not patched, got {name} patched already")
     for name, module, owner, config in _candidates(model):
-        if _is_patched(module):
-            raise ValueError(f"model: expected one that is not patched, got {name} patched already")
         text = getattr(config, "model_type", None) in FAMILIES
         try:
             plan, flow = plan_of(_layer(module, owner, config, text, rounding, made))
@@ -106,9 +107,13 @@ def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
 
 
 def unpatch(model: nn.Module) -> int:
-    """Give every patched module of the model its class's forward back; returns how many were."""
-    found = [module for module in model.modules() if _is_patched(module)]
-    for module in found:
+    """Give every patched module of the model its class's forward back; returns how many were.
+
+    Raises ValueError, and changes nothing, where something else has wrapped or replaced a forward
+    since the patch.
+    """
+    found = _ours(model)
+    for module in found.values():
         del module.forward
         delattr(module, _PLAN)
     return len(found)
@@ -124,8 +129,23 @@ def patched(model: nn.Module, *, rounding: Rounding = "once") -> Iterator[Report
         unpatch(model)
 
 
-def _is_patched(module: nn.Module) -> bool:
-    return is_ours(getattr(vars(module).get("forward"), "__func__", None))
+def _ours(model: nn.Module) -> dict[str, nn.Module]:
+    """The patched modules by name; ValueError where another forward stands before ours."""
+    found: dict[str, nn.Module] = {}
+    covered = []
+    for name, module in model.named_modules():
+        own = vars(module).get("forward")
+        function = getattr(own, "__func__", None)
+        if is_ours(function):
+            found[name] = module
+        elif _PLAN in vars(module) and own is not None and function is not type(module).forward:
+            covered.append(name or "the model itself")
+    if covered:
+        raise ValueError(
+            f"model: expected qkrope's own forward where it was patched, got another in "
+            f"{', '.join(covered)}: remove the hook (accelerate's, for one) that wraps it first"
+        )
+    return found
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, Any]]:
