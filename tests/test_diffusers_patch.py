@@ -94,6 +94,26 @@ def test_the_attention_backend_stays_selectable(monkeypatch: pytest.MonkeyPatch)
         assert model.get_submodule(name).processor._attention_backend.value == "native"
 
 
+def test_the_report_is_that_of_transformers() -> None:
+    from qkrope.integrations import report, transformers
+
+    assert integration.Report is transformers.Report is report.Report
+    model, _ = made("FLUX.2")
+    for block in model.transformer_blocks:
+        block.attn.norm_k = nn.LayerNorm(D)
+    reason = "norm_k: expected an RMSNorm of torch or diffusers, got LayerNorm"
+    with pytest.warns(UserWarning) as caught:
+        done = integration.patch(model)
+    (warning,) = caught
+    assert warning.filename == __file__
+    left, patched = len(done.left), len(done.patched)
+    more = f" and {left - 1} more" if left > 1 else ""
+    text = f"transformer_blocks.0.attn{more}: {reason}"
+    assert str(warning.message).startswith(f"qkrope leaves as they are: {text}")
+    assert str(done).startswith(f"{patched} attention modules patched, {left} left\n  patched: ")
+    assert f"\n  left: {text}" in str(done)
+
+
 def test_token_refiners_are_left_by_name() -> None:
     model, _ = made("HunyuanVideo")
     left = integration.patch(model).left

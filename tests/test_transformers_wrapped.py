@@ -17,7 +17,7 @@ from transformers_models import model_of
 def hook(module: Any) -> Any:
     """As accelerate's add_hook_to_module does; what is returned undoes it."""
     old = module.forward
-    module.forward = functools.update_wrapper(functools.partial(lambda *a, **k: old(*a, **k)), old)
+    module.forward = functools.update_wrapper(functools.partial(old), old)
     return lambda: setattr(module, "forward", old)
 
 

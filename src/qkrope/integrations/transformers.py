@@ -16,10 +16,8 @@ numbers; where anything does not agree the module stays as it was and is named.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -29,6 +27,7 @@ from transformers import PreTrainedModel
 from qkrope.config import FAMILIES
 from qkrope.rounding import Rounding, canonical_rounding
 
+from .report import Report, block, grouped, warn_left
 from .transformers_flow import Refused, is_ours, rewrite, rotations
 from .transformers_layer import Layer, plan_of
 from .transformers_plan import Plan
@@ -37,24 +36,6 @@ __all__ = ["Report", "patch", "patched", "unpatch"]
 
 _PLAN = "_qkrope"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `patch` did, by the names of ``model.named_modules()``.
-
-    ``patched`` says what a forward of the module now calls, ``left`` why a module that rotates
-    something stays as it was.
-    """
-
-    patched: Mapping[str, str] = field(default_factory=dict)
-    left: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.patched)} attention modules patched, {len(self.left)} left"]
-        for title, entries in (("patched", self.patched), ("left", self.left)):
-            lines += [f"  {title}: {text}" for text in _grouped(entries)]
-        return "\n".join(lines)
 
 
 def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
@@ -96,13 +77,12 @@ def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
             if text:
                 warned[name] = left[name]
     if not plans:
-        found = "; ".join(_grouped(left)) or "no module that rotates q and k"
+        found = "; ".join(grouped(left)) or "no module that rotates q and k"
         raise ValueError(f"model: expected attention layers that qkrope can run, got {found}")
     for module, plan, function in plans:
         setattr(module, _PLAN, plan)
         module.forward = MethodType(function, module)
-    if warned:
-        warnings.warn("qkrope leaves as they are: " + "; ".join(_grouped(warned)), stacklevel=2)
+    warn_left(warned)
     return Report(done, left)
 
 
@@ -119,14 +99,9 @@ def unpatch(model: nn.Module) -> int:
     return len(found)
 
 
-@contextmanager
-def patched(model: nn.Module, *, rounding: Rounding = "once") -> Iterator[Report]:
+def patched(model: nn.Module, *, rounding: Rounding = "once") -> AbstractContextManager[Report]:
     """`patch` for the length of a ``with`` block, whatever ends it."""
-    report = patch(model, rounding=rounding)
-    try:
-        yield report
-    finally:
-        unpatch(model)
+    return block(patch, unpatch, model, rounding)
 
 
 def _ours(model: nn.Module) -> dict[str, nn.Module]:
@@ -197,14 +172,3 @@ def _said(plan: Plan) -> str:
         names = [n.name for n in turn.norms if n is not None]
         turned.append(" + ".join([*names, "rotation"]))
     return ", ".join([*turned, *(n for n in plan.apart)])
-
-
-def _grouped(entries: Mapping[str, str]) -> list[str]:
-    """One text for each reason, with the modules that it is of."""
-    names: dict[str, list[str]] = {}
-    for name, reason in entries.items():
-        names.setdefault(reason, []).append(name or "the model itself")
-    return [
-        f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {reason}"
-        for reason, found in names.items()
-    ]
