@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -93,6 +94,26 @@ def test_the_attention_backend_stays_selectable(monkeypatch: pytest.MonkeyPatch)
         assert model.get_submodule(name).processor._attention_backend.value == "native"
 
 
+def test_the_report_is_that_of_transformers() -> None:
+    from qkrope.integrations import report, transformers
+
+    assert integration.Report is transformers.Report is report.Report
+    model, _ = made("FLUX.2")
+    for block in model.transformer_blocks:
+        block.attn.norm_k = nn.LayerNorm(D)
+    reason = "norm_k: expected an RMSNorm of torch or diffusers, got LayerNorm"
+    with pytest.warns(UserWarning) as caught:
+        done = integration.patch(model)
+    (warning,) = caught
+    assert warning.filename == __file__
+    left, patched = len(done.left), len(done.patched)
+    more = f" and {left - 1} more" if left > 1 else ""
+    text = f"transformer_blocks.0.attn{more}: {reason}"
+    assert str(warning.message).startswith(f"qkrope leaves as they are: {text}")
+    assert str(done).startswith(f"{patched} attention modules patched, {left} left\n  patched: ")
+    assert f"\n  left: {text}" in str(done)
+
+
 def test_token_refiners_are_left_by_name() -> None:
     model, _ = made("HunyuanVideo")
     left = integration.patch(model).left
@@ -108,6 +129,19 @@ def test_patched_ends_with_the_block() -> None:
         run(model, inputs)
         raise ZeroDivisionError
     assert equal(run(model, inputs), stock) and integration.unpatch(model) == 0
+
+
+def test_a_hook_on_the_module_does_not_keep_the_processor() -> None:
+    """A wrapped forward, as accelerate makes it, asks the module for its processor at each call."""
+    model, inputs = made("FLUX.1")
+    stock = run(model, inputs)
+    done = integration.patch(model)
+    for name in done.patched:
+        attn = model.get_submodule(name)
+        attn.forward = functools.partial(lambda old, *a, **k: old(*a, **k), attn.forward)
+    assert not equal(run(model, inputs), stock)
+    assert integration.unpatch(model) == len(done.patched)
+    assert equal(run(model, inputs), stock)
 
 
 def test_deepcopy() -> None:

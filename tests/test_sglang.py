@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -205,6 +207,17 @@ def test_a_registered_op_in_place_of_a_function() -> None:
         library._destroy()
 
 
+def test_the_versions_that_are_written_down() -> None:
+    """The docstring, the table of the documentation and the stubs above name the same."""
+    page = (Path(__file__).parents[1] / "docs/integrations/engines.md").read_text()
+    for path in (JIT_KERNEL, KERNELS):
+        versions = [r.removeprefix("sglang ") for r, found in RELEASES.items() if path in found]
+        text = f"sglang {', '.join(versions)}"
+        assert f"| `{path}` | {text} |" in page
+        lines = [line.split() for line in str(sglang.__doc__).splitlines()]
+        assert [path, *text.split()] in lines
+
+
 def test_without_sglang() -> None:
     with pytest.raises(ImportError) as raised:
         sglang.install()
@@ -213,13 +226,36 @@ def test_without_sglang() -> None:
     assert all(path in text for path in sglang._MODULES)
 
 
+BROKEN = (
+    ("raise OSError('libcuda.so.1 is not there')", OSError, "OSError: libcuda.so.1 is not there"),
+    ("import qkrope_is_not_here", ModuleNotFoundError, "ModuleNotFoundError: .*qkrope_is_not_here"),
+    ("import sgl", ModuleNotFoundError, "ModuleNotFoundError: .*'sgl'"),  # no parent of sgl_kernel
+    ("raise ModuleNotFoundError('no name')", ModuleNotFoundError, "ModuleNotFoundError: no name"),
+)
+
+
 def test_a_library_that_does_not_load(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sgl_kernel.py").write_text("raise OSError('libcuda.so.1 is not there')")
+    """It is there, and SGLang may get it to load later: no other module makes up for it."""
+    modules = engine("sglang 0.5.23")
+    before = theirs(modules)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ImportError, match="sgl_kernel .OSError: libcuda.so.1 is not there"):
-        sglang.install()
-    engine("sglang 0.5.23")
-    assert sglang.install()  # the other module is enough
+    for line, kind, said in BROKEN:
+        (tmp_path / "sgl_kernel.py").write_text(line)
+        importlib.invalidate_caches()
+        with pytest.raises(ImportError, match=f"got sgl_kernel .{said}") as caught:
+            sglang.install()
+        assert type(caught.value.__cause__) is kind
+        assert theirs(modules) == before and sglang.uninstall() == ()
+
+
+def test_a_package_without_the_module(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent package that is there is no broken module."""
+    (tmp_path / "sglang" / "jit_kernel").mkdir(parents=True)
+    for folder in ("sglang", "sglang/jit_kernel"):
+        (tmp_path / folder / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module("sgl_kernel", fused_qk_norm_rope=function("fused_qk_norm_rope", PACKED))
+    assert sglang.install() == ("sgl_kernel.fused_qk_norm_rope",)
 
 
 def test_a_module_without_the_call() -> None:

@@ -295,8 +295,21 @@ def test_what_cannot_be_read_is_refused() -> None:
             return x
 
     Changed.forward.__code__ = Changed.forward.__code__.replace(co_names=("gone",))
+
+    class Other(Attention):
+        """The same names and constants, another operator."""
+
+        def forward(self, x, position_embeddings, cache=None):
+            return x + 1
+
+    def minus(self, x, position_embeddings, cache=None):
+        return x - 1
+
+    Other.forward.__code__ = Other.forward.__code__.replace(co_code=minus.__code__.co_code)
+    assert Other.forward(Other(), 3, None) == 2
     for kind, reason in (
         (Changed, "is not what runs"),
+        (Other, "is not what runs"),
         (Decorated, "its forward is"),
         (Closed, "no plain function"),
         (NoSource, "source of its forward|its forward is"),

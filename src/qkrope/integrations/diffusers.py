@@ -8,10 +8,8 @@ processor that fits on each attention module, `unpatch` puts the old ones back.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -26,6 +24,7 @@ from .diffusers_images import (
     ZImageProcessor,
 )
 from .diffusers_videos import HunyuanVideoProcessor, LTX2Processor, WanProcessor
+from .report import Report, block, grouped, warn_left
 
 __all__ = [
     "Flux2Processor",
@@ -76,17 +75,6 @@ _MODELS = "FLUX.1, FLUX.2, Qwen-Image, Z-Image, HunyuanVideo, Wan or LTX-2"
 _NO_NORM = "no norm of Q and K"
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `patch` did, by the names of attention modules in ``model.named_modules()``.
-
-    ``patched`` says which processor a module has now, ``left`` why one has its own still.
-    """
-
-    patched: Mapping[str, str]
-    left: Mapping[str, str]
-
-
 def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
     """Set qkrope's processor on each attention module of a diffusers transformer that it knows.
 
@@ -115,20 +103,14 @@ def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
             made.append((attn, found))
             done[name] = type(found).__name__
     if not made:
-        why = "; ".join(sorted(set(left.values()))) or "no module has an attention processor"
+        why = "; ".join(grouped(left)) or "no module has an attention processor"
         raise ValueError(
             f"model: expected one with attention modules of {_MODELS}, got {type(model).__name__} "
             f"({why})"
         )
     for attn, processor in made:
         _set(attn, processor)
-    named: dict[str, list[str]] = {}
-    for name, why in left.items():
-        if why != _NO_NORM:
-            named.setdefault(why, []).append(name)
-    if named:
-        text = "; ".join(f"{', '.join(names)}: {why}" for why, names in named.items())
-        warnings.warn(f"qkrope leaves as they are: {text}", UserWarning, stacklevel=2)
+    warn_left({name: why for name, why in left.items() if why != _NO_NORM})
     return Report(done, left)
 
 
@@ -146,14 +128,9 @@ def unpatch(model: nn.Module) -> int:
     return len(ours)
 
 
-@contextmanager
-def patched(model: nn.Module, *, rounding: Rounding = "once") -> Iterator[Report]:
+def patched(model: nn.Module, *, rounding: Rounding = "once") -> AbstractContextManager[Report]:
     """`patch` for the length of a ``with`` block, whatever ends it."""
-    report = patch(model, rounding=rounding)
-    try:
-        yield report
-    finally:
-        unpatch(model)
+    return block(patch, unpatch, model, rounding)
 
 
 def _fitting(attn: Any, rounding: Rounding) -> Processor | str:

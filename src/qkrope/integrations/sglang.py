@@ -8,8 +8,8 @@ that have plugins). SGLang calls it for models that take it with ``--enable-fuse
 Three modules of released wheels define the call, with one signature:
 
     sgl_kernel                                          sgl-kernel 0.3, sglang-kernel 0.4
-    sglang.jit_kernel.fused_qknorm_rope                 sglang 0.5.10 and later
-    sglang.kernels.ops.attention.fused_qknorm_rope      sglang 0.5.17 and later
+    sglang.jit_kernel.fused_qknorm_rope                 sglang 0.5.10, 0.5.13
+    sglang.kernels.ops.attention.fused_qknorm_rope      sglang 0.5.17, 0.5.21, 0.5.23
 
 `install` puts ours in place of each name there, and of each name that a loaded module of SGLang has
 imported from there; what is imported later finds ours. What it cannot reach: a function that was
@@ -49,8 +49,9 @@ def install() -> tuple[str, ...]:
     """Put qkrope's functions in place of SGLang's, in every loaded module that names them.
 
     Returns the names that were replaced; a second call replaces what was loaded meanwhile.
-    Raises ImportError where none of the modules that define them can be imported, with the reason
-    for each, and RuntimeError where one has another signature. Nothing is changed then.
+    Raises ImportError where none of the modules that define them is there, with the reason for
+    each, and where one is there and does not load; RuntimeError where one has another signature.
+    Nothing is changed then.
     """
     known = {id(theirs) for theirs, _ in _replaced} | {id(ours) for _, ours in _replaced}
     found: list[tuple[str, _Function]] = []
@@ -59,7 +60,11 @@ def install() -> tuple[str, ...]:
         try:
             module = importlib.import_module(path)
         except Exception as error:  # a library that does not load raises what it likes
-            missing.append(f"{path} ({type(error).__name__}: {error})")
+            said = f"{path} ({type(error).__name__}: {error})"
+            absent = error.name if isinstance(error, ModuleNotFoundError) else None
+            if absent is None or not f"{path}.".startswith(f"{absent}."):
+                raise ImportError(f"SGLang: expected a module that loads, got {said}") from error
+            missing.append(said)
             continue
         functions = {name: getattr(module, name, None) for name in _NAMES}
         if functions[_NAMES[0]] is None:

@@ -16,10 +16,8 @@ numbers; where anything does not agree the module stays as it was and is named.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -29,6 +27,7 @@ from transformers import PreTrainedModel
 from qkrope.config import FAMILIES
 from qkrope.rounding import Rounding, canonical_rounding
 
+from .report import Report, block, grouped, warn_left
 from .transformers_flow import Refused, is_ours, rewrite, rotations
 from .transformers_layer import Layer, plan_of
 from .transformers_plan import Plan
@@ -37,24 +36,6 @@ __all__ = ["Report", "patch", "patched", "unpatch"]
 
 _PLAN = "_qkrope"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `patch` did, by the names of ``model.named_modules()``.
-
-    ``patched`` says what a forward of the module now calls, ``left`` why a module that rotates
-    something stays as it was.
-    """
-
-    patched: Mapping[str, str] = field(default_factory=dict)
-    left: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.patched)} attention modules patched, {len(self.left)} left"]
-        for title, entries in (("patched", self.patched), ("left", self.left)):
-            lines += [f"  {title}: {text}" for text in _grouped(entries)]
-        return "\n".join(lines)
 
 
 def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
@@ -79,9 +60,10 @@ def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
     left: dict[str, str] = {}
     warned: dict[str, str] = {}
     made: dict[Any, Any] = {}
+    if ours := _ours(model):
+        name = next(iter(ours))
+        raise ValueError(f"model: expected one that is not patched, got {name} patched already")
     for name, module, owner, config in _candidates(model):
-        if _is_patched(module):
-            raise ValueError(f"model: expected one that is not patched, got {name} patched already")
         text = getattr(config, "model_type", None) in FAMILIES
         try:
             plan, flow = plan_of(_layer(module, owner, config, text, rounding, made))
@@ -95,37 +77,50 @@ def patch(model: nn.Module, *, rounding: Rounding = "once") -> Report:
             if text:
                 warned[name] = left[name]
     if not plans:
-        found = "; ".join(_grouped(left)) or "no module that rotates q and k"
+        found = "; ".join(grouped(left)) or "no module that rotates q and k"
         raise ValueError(f"model: expected attention layers that qkrope can run, got {found}")
     for module, plan, function in plans:
         setattr(module, _PLAN, plan)
         module.forward = MethodType(function, module)
-    if warned:
-        warnings.warn("qkrope leaves as they are: " + "; ".join(_grouped(warned)), stacklevel=2)
+    warn_left(warned)
     return Report(done, left)
 
 
 def unpatch(model: nn.Module) -> int:
-    """Give every patched module of the model its class's forward back; returns how many were."""
-    found = [module for module in model.modules() if _is_patched(module)]
-    for module in found:
+    """Give every patched module of the model its class's forward back; returns how many were.
+
+    Raises ValueError, and changes nothing, where something else has wrapped or replaced a forward
+    since the patch.
+    """
+    found = _ours(model)
+    for module in found.values():
         del module.forward
         delattr(module, _PLAN)
     return len(found)
 
 
-@contextmanager
-def patched(model: nn.Module, *, rounding: Rounding = "once") -> Iterator[Report]:
+def patched(model: nn.Module, *, rounding: Rounding = "once") -> AbstractContextManager[Report]:
     """`patch` for the length of a ``with`` block, whatever ends it."""
-    report = patch(model, rounding=rounding)
-    try:
-        yield report
-    finally:
-        unpatch(model)
+    return block(patch, unpatch, model, rounding)
 
 
-def _is_patched(module: nn.Module) -> bool:
-    return is_ours(getattr(vars(module).get("forward"), "__func__", None))
+def _ours(model: nn.Module) -> dict[str, nn.Module]:
+    """The patched modules by name; ValueError where another forward stands before ours."""
+    found: dict[str, nn.Module] = {}
+    covered = []
+    for name, module in model.named_modules():
+        own = vars(module).get("forward")
+        function = getattr(own, "__func__", None)
+        if is_ours(function):
+            found[name] = module
+        elif _PLAN in vars(module) and own is not None and function is not type(module).forward:
+            covered.append(name or "the model itself")
+    if covered:
+        raise ValueError(
+            f"model: expected qkrope's own forward where it was patched, got another in "
+            f"{', '.join(covered)}: remove the hook (accelerate's, for one) that wraps it first"
+        )
+    return found
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, Any]]:
@@ -177,14 +172,3 @@ def _said(plan: Plan) -> str:
         names = [n.name for n in turn.norms if n is not None]
         turned.append(" + ".join([*names, "rotation"]))
     return ", ".join([*turned, *(n for n in plan.apart)])
-
-
-def _grouped(entries: Mapping[str, str]) -> list[str]:
-    """One text for each reason, with the modules that it is of."""
-    names: dict[str, list[str]] = {}
-    for name, reason in entries.items():
-        names.setdefault(reason, []).append(name or "the model itself")
-    return [
-        f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {reason}"
-        for reason, found in names.items()
-    ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
 import textwrap
 from collections.abc import Sequence
@@ -95,14 +96,16 @@ def read(module: Any, turns: bool) -> Flow:
     function = type(module).forward
     if not isinstance(function, FunctionType) or function.__code__.co_freevars:
         raise Refused("its forward is no plain function of a file")
+    code = function.__code__
     try:
-        source = textwrap.dedent(inspect.getsource(function))
+        source = textwrap.dedent(inspect.getsource(code))
+        file = "".join(inspect.findsource(code)[0])
     except OSError:
         raise Refused("the source of its forward is not there") from None
     tree = ast.parse(source).body[0]
     if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
         raise Refused("its forward is decorated")
-    if _words(_compile(tree, function)[1]) != _words(function.__code__):
+    if _words(code) not in map(_words, _codes(file)):
         raise Refused("the source of its forward is not what runs")
     ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)
     reader = _Reader(module, turns)
@@ -111,6 +114,26 @@ def read(module: Any, turns: bool) -> Flow:
         if turn.used and any(n is not None and not n.first for n in turn.norms):
             raise Refused(f"{turn.name}: its result is read before it is normalised")
     return Flow(function, tree, tuple(reader.norms), tuple(reader.turns))
+
+
+@functools.lru_cache(maxsize=4)
+def _codes(file: str) -> list[CodeType]:
+    """Every function of a file: compiled whole, since its imports decide how a call is compiled."""
+    found = [compile(file, "", "exec", dont_inherit=True)]
+    for code in found:
+        found += [c for c in code.co_consts if isinstance(c, CodeType)]
+    return found
+
+
+def _words(code: CodeType) -> tuple[Any, ...]:
+    """What a function does, and where its source stands."""
+    # repr tells -0.0 from 0.0 and 1 from True; that of a set has no fixed order.
+    consts: list[Any] = []
+    for c in code.co_consts:
+        inner = _words(c) if isinstance(c, CodeType) else None
+        consts.append(inner or (c if isinstance(c, frozenset) else repr(c)))
+    where = code.co_name, code.co_firstlineno
+    return where, code.co_code, code.co_names, code.co_varnames, consts
 
 
 class _Reader:
@@ -314,26 +337,14 @@ def rewrite(flow: Flow) -> FunctionType:
             argument.annotation = None
     made: dict[str, Any] = {}
     original = flow.function
-    exec(_compile(tree, original)[0], original.__globals__, made)
+    program = ast.fix_missing_locations(ast.Module([tree], []))
+    exec(compile(program, original.__code__.co_filename, "exec"), original.__globals__, made)
     function = made[original.__name__]
     for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__doc__", "__qualname__"):
         setattr(function, name, copy.copy(getattr(original, name)))
     function.__module__ = original.__module__
     _compiled[tuple(key)] = function
     return function
-
-
-def _compile(tree: ast.FunctionDef, original: FunctionType) -> tuple[CodeType, CodeType]:
-    """Code that defines a function in the original's file, and the function's own."""
-    program = ast.fix_missing_locations(ast.Module([tree], []))
-    code = compile(program, original.__code__.co_filename, "exec")
-    return code, next(c for c in code.co_consts if isinstance(c, CodeType))
-
-
-def _words(code: CodeType) -> tuple[Any, ...]:
-    """What tells one function's code from another's, wherever it was compiled."""
-    consts = [repr(c) for c in code.co_consts if not isinstance(c, CodeType)]
-    return code.co_names, code.co_varnames, consts
 
 
 def is_ours(function: Any) -> bool:
