@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import qkrope
@@ -261,10 +262,134 @@ def test_transforms_that_are_refused() -> None:
     q = named["q"]
     with pytest.raises(TypeError, match=r"q: expected a dense tensor .*torch\.func"):
         torch.func.vmap(of_q)(torch.stack((q, q)))
-    with pytest.raises(TypeError, match=r"q: expected a dense tensor .*torch\.func"):
-        torch.func.jvp(of_q, (q,), (q,))
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.hessian(of_q)(q)
+    batched = r"^q: expected a dense tensor, got one under torch\.func\.vmap"
+    with pytest.raises(TypeError, match=batched):
+        torch.func.vmap(torch.func.grad(of_q))(torch.stack((q, q)))
+    weight = named["q_weight"].clone().requires_grad_()
+    with pytest.raises(TypeError, match=batched):
+        torch.func.vmap(lambda q: loss({**named, "q": q, "q_weight": weight}))(torch.stack((q, q)))
+    for transform in (
+        lambda f: torch.func.jvp(f, (q,), (q,)),
+        lambda f: torch.func.jvp(torch.func.grad(f), (q,), (q,)),
+        lambda f: torch.func.hessian(f)(q),
+    ):
+        with pytest.raises(ValueError, match="^q: " + TANGENT):
+            transform(of_q)
+    with pytest.raises(Exception, match="q: " + TANGENT):  # which Dynamo makes one of its own
+        torch.compile(lambda q: torch.func.jvp(of_q, (q,), (q,)), backend="aot_eager")(q)
+
+
+# ---- forward mode -----------------------------------------------------------------------------
+
+TANGENT = "expected a tensor without a tangent of forward-mode AD, got one with it; pass"
+
+
+@pytest.fixture
+def dual() -> Iterator[Callable[[Tensor], Tensor]]:
+    """The same tensor with a tangent, inside a dual level."""
+    with forward_ad.dual_level():
+        yield lambda x: forward_ad.make_dual(x, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_tangent_is_refused(name: str, mode: Any, dual: Any, device: str) -> None:
+    """By the eager calls and the ops, whether a gradient is wanted too; nothing is written."""
+    grads = Gradients(RECIPE, device)
+    call, named = grads.call, {n: x.detach().clone() for n, x in grads.named().items()}
+    before = {n: x.clone() for n, x in named.items()}
+    args = {**named, name: dual(named[name])}
+    trained = {n: x if n == name else x.clone().requires_grad_() for n, x in args.items()}
+    first = {"positions": call.positions, "spec": call.spec}
+    as_op = {**first, "spec": call.spec.canonical()}
+    with mode():
+        for run, given in (
+            (qkrope.qk_norm_rope, {**args, **first}),
+            (qkrope.qk_norm_rope, {**trained, **first}),
+            (qkrope.qk_norm_rope_, {**args, **first}),
+            (OPS.qk_norm_rope, {**args, **as_op}),
+            (OPS.qk_norm_rope, {**trained, **as_op}),
+            (OPS.qk_norm_rope_, {**args, **as_op}),
+        ):
+            with pytest.raises(ValueError, match=f"^{name}: {TANGENT}"):
+                run(**given)
+    for n, x in before.items():
+        assert_same_bits(named[n], x, n)
+
+
+@pytest.mark.parametrize("name", ["qkv", "q_weight", "k_weight"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_packed_call_refuses_a_tangent(name: str, mode: Any, dual: Any, device: str) -> None:
+    """The plain one, which has ways of its own; inside a level it takes tensors without one."""
+    one = Spec(2, 1, 8, rope=Rope(dim=4))
+    torch.manual_seed(0)
+    qkv, q_weight, k_weight = (x.to(device) for x in torch.randn(3, 3, 32).unbind())
+    weights = {"q_weight": q_weight[0, :8], "k_weight": k_weight[0, :8]}
+    positions, want = torch.arange(3, device=device), qkv.clone()
+    with mode():
+        qkrope.qkv_norm_rope_(want, **weights, positions=positions, spec=one)  # keeps a plan
+        given = {"qkv": qkv, **weights}
+        before = qkv.clone()
+        for run, spec in ((qkrope.qkv_norm_rope_, one), (OPS.qkv_norm_rope_, one.canonical())):
+            with pytest.raises(ValueError, match=f"^{name}: {TANGENT}"):
+                run(**{**given, name: dual(given[name])}, positions=positions, spec=spec)
+            assert_same_bits(qkv, before)
+            y = qkv.clone()
+            run(**{**given, "qkv": y}, positions=positions, spec=spec)
+            assert_same_bits(y, want)
+
+
+def test_other_tangents(dual: Any) -> None:
+    """Of a result's place, of the gradient of a result; and what the error tells to do."""
+    one, (q, k) = Spec(2, 1, 8, rope=Rope(dim=4)), (torch.randn(3, n, 8) for n in (2, 1))
+    rest = (None, None, torch.arange(3), one)
+    with pytest.raises(ValueError, match=rf"^out\[1\]: {TANGENT}"):
+        qkrope.qk_norm_rope(q, k, *rest, out=(q.clone(), dual(k.clone())))
+    leaf = q.clone().requires_grad_()
+    y, _ = qkrope.qk_norm_rope(leaf, k, *rest)
+    with pytest.raises(ValueError, match=f"^dq_out: {TANGENT}"):
+        torch.autograd.grad(y, leaf, dual(q))
+    got, _ = qkrope.qk_norm_rope(forward_ad.unpack_dual(dual(q)).primal, k, *rest)
+    assert_same_bits(got, y.detach())
+    want, _ = qkrope.reference.qk_norm_rope(dual(q), k, *rest)
+    assert forward_ad.unpack_dual(want).tangent.any()
+
+
+def test_a_function_with_a_jvp_of_its_own(dual: Any) -> None:
+    """Inside one torch takes tensors without their tangents, and so does a call."""
+    one, k = Spec(2, 1, 8, rope=None), torch.randn(3, 1, 8)
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor) -> Tensor:
+            return qkrope.qk_norm_rope(q, k, None, None, None, one)[0]
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+            return 2 * tangent
+
+    found = forward_ad.unpack_dual(Own.apply(dual(torch.randn(3, 2, 8)))).tangent
+    assert torch.equal(found, torch.full((3, 2, 8), 2.0))
+
+
+def test_compiled_calls_inside_a_level(dual: Any) -> None:
+    """Tensors without tangents pass; a graph that has run refuses the others as eager calls do."""
+    one, q, k = Spec(2, 1, 8, rope=None), torch.randn(3, 2, 8), torch.randn(3, 1, 8)
+
+    def plain(q: Tensor) -> Tensor:
+        return qkrope.qk_norm_rope(q, k, None, None, None, one)[0]
+
+    def in_place(q: Tensor) -> Tensor:
+        y = q.clone()
+        qkrope.qk_norm_rope_(y, None, None, None, None, one)
+        return y
+
+    compiled = torch.compile(plain, backend="aot_eager", fullgraph=True)
+    assert_same_bits(compiled(q), plain(q))
+    with pytest.raises(ValueError, match=f"^q: {TANGENT}"):
+        compiled(dual(q))
+    with pytest.raises(Exception, match="q: expected no dual level of forward-mode AD"):
+        torch.compile(in_place, backend="aot_eager", fullgraph=True)(q)
 
 
 def test_backward_hooks_and_accumulation(device: str) -> None:

@@ -96,6 +96,26 @@ def test_a_checkpoint_of_a_model_loads_unchanged() -> None:
     assert torch.equal(module.k_norm.weight, attention.k_norm.weight)
 
 
+def test_a_checkpoint_of_layers() -> None:
+    """As a submodule its entries have its prefix; those of an attention module go in without."""
+    layer = torch.nn.Module()
+    layer.norm_rope = module = qkrope.QKNormRope(SPEC)
+    assert list(layer.state_dict()) == ["norm_rope.q_norm.weight", "norm_rope.k_norm.weight"]
+    prefix = "layers.0.self_attn."
+    checkpoint = {f"{prefix}{side}_norm.weight": torch.randn(16) for side in "qk"}
+    checkpoint[f"{prefix}o_proj.weight"] = torch.randn(3, 3)
+    own = {name: checkpoint[prefix + name] for name in module.state_dict()}
+    module.load_state_dict(own)
+    for name, p in module.state_dict().items():
+        assert torch.equal(p, checkpoint[prefix + name])
+
+
+def test_the_default_dtype_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+    with pytest.raises(TypeError, match=r"^dtype: expected one of .*, got torch\.float64"):
+        qkrope.QKNormRope(SPEC)
+
+
 def test_copies_and_files_compute_the_same() -> None:
     module = randomized(qkrope.QKNormRope(SPEC, bias=True))
     with torch.no_grad():
@@ -160,6 +180,12 @@ def test_errors() -> None:
         qkrope.QKNormRope(SPEC, weight=1)
     with pytest.raises(ValueError, match="^bias: expected a bool or a pair"):
         qkrope.QKNormRope(SPEC, bias=(True, True, True))
+    for dtype in (torch.int32, torch.float64, torch.complex64):
+        text = f"^dtype: expected one of float32, bfloat16, float16, got {dtype}"
+        with pytest.raises(TypeError, match=text):
+            qkrope.QKNormRope(SPEC, dtype=dtype)
+    with pytest.raises(TypeError, match="^dtype: expected a dtype or None, got 'bfloat16'"):
+        qkrope.QKNormRope(SPEC, dtype="bfloat16")
     module = qkrope.QKNormRope(SPEC, bias=True)
     with torch.no_grad(), pytest.raises(ValueError, match="^q_bias: expected None"):
         module(*inputs(SPEC), q_bias=torch.zeros(16))

@@ -11,6 +11,7 @@ from ._limits import flag, instance
 from .extras import Extras
 from .norm import Norm
 from .ops import Positions, qk_norm_rope
+from .prebuild import dtype_name
 from .spec import Spec
 
 __all__ = ["QKNormRope"]
@@ -49,9 +50,12 @@ class QKNormRope(nn.Module):
     """Normalise and rotate Q and K as a Spec says: `qkrope.qk_norm_rope` with weights of its own.
 
     Parameters are named as in the attention modules of most models, ``q_norm.weight`` and
-    ``k_norm.weight`` (``q_norm.bias``, ``k_norm.bias``), so that their entries of a checkpoint load
-    unchanged. They start as models start them: 1 minus the Spec's ``weight_offset`` (ones, or the
-    zeros of Gemma), biases 0. A side whose norm is of kind "none" has no parameters.
+    ``k_norm.weight`` (``q_norm.bias``, ``k_norm.bias``). As a submodule their keys get its name in
+    front, ``norm_rope.q_norm.weight``, as any submodule's do. To load the entries of a checkpoint,
+    give this module's own ``load_state_dict`` those of one attention module without their prefix
+    (``layers.0.self_attn.``), or put the name into the keys. They start as models start them: 1
+    minus the Spec's ``weight_offset`` (ones, or the zeros of Gemma), biases 0. A side whose norm is
+    of kind "none" has no parameters.
 
     spec: what is computed; its ``q_norm`` and ``k_norm`` give the shapes: ``[head_dim]`` (or
     ``Norm.weight_dim``), and ``[heads * head_dim]`` with scope "row".
@@ -59,7 +63,7 @@ class QKNormRope(nn.Module):
     ``weight=(False, True)``).
     per_head: a weight row for each head, ``[heads, head_dim]`` (Cohere).
     device, dtype: of the parameters, as for any module of torch; any of float32, bfloat16 and
-    float16, whatever that of q and k.
+    float16, whatever that of q and k; None is torch's default dtype.
 
     Raises TypeError and ValueError naming argument, expected and got.
     """
@@ -80,6 +84,8 @@ class QKNormRope(nn.Module):
         super().__init__()
         instance("spec", spec, Spec)
         flag("per_head", per_head)
+        instance("dtype", dtype, torch.dtype, optional=True)
+        dtype_name("dtype", dtype or torch.get_default_dtype())
         self.spec = spec
         weights, biases = _pair("weight", weight), _pair("bias", bias)
         sides = (spec.q_norm, spec.num_q_heads), (spec.k_norm_resolved, spec.num_kv_heads)

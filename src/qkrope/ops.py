@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 import torch
+from torch.autograd import forward_ad
 
 from . import cpu
 from .extras import Extras, native_operands, pair, refuse_negated
@@ -54,6 +55,29 @@ def _refuse_grad(in_place: bool, named: dict[str, Any]) -> None:
             )
 
 
+def _refuse_tangents(named: dict[str, Any]) -> None:
+    """Asked inside a dual level alone, whose number ``forward_ad._current_level`` is, -1 outside.
+
+    Where forward mode is off, as it is inside an autograd.Function, torch ignores tangents too.
+    """
+    if not forward_ad._is_fwd_grad_enabled():
+        return
+    for name, x in named.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            continue
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise no_forward_mode(name)
+
+
+def no_forward_mode(name: str) -> ValueError:
+    """The error about a tensor that carries a tangent."""
+    return ValueError(
+        f"{name}: expected a tensor without a tangent of forward-mode AD, got one with it; pass "
+        "forward_ad.unpack_dual(tensor).primal, or call qkrope.reference.qk_norm_rope, which has "
+        "derivatives in forward mode"
+    )
+
+
 def _prepare(
     in_place: bool | None,
     qkv: Tensor | None,
@@ -73,6 +97,9 @@ def _prepare(
     packed = qkv is not None
     sides = (packed or q is not None, packed or k is not None)
     known = native_operands(spec, extras, sides, packed) if extras else {}
+    if forward_ad._current_level >= 0:
+        named = {"qkv": qkv, "q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight}
+        _refuse_tangents(named | known)
     if in_place is None:
         flags = 0  # of a training step, whose kernels do write weights
     elif torch.is_grad_enabled():
@@ -292,6 +319,7 @@ def qkv_norm_rope_(
     if (
         not extras
         and not _by_dynamo()
+        and forward_ad._current_level < 0
         and spec.__class__ is Spec
         and (plan := spec._plan) is not None
         and qkv.__class__ is positions.__class__ is Tensor

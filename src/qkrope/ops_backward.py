@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _native, cpu, ops
 from .extras import NAMES, Tensor
@@ -83,6 +84,8 @@ def qk_norm_rope_backward(
     if v is not None:
         extras |= {"v": v, "v_weight": v_weight, "out": dx}
     refuse_no_spec(spec)
+    if forward_ad._current_level >= 0:
+        ops._refuse_tangents(dict(zip(("dq_out", "dk_out", "dv_out"), grads, strict=True)))
     plan, (_, *operands) = ops._prepare(
         None, None, q, k, q_weight, k_weight, positions, once_of(spec), extras
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import ops
 from .extras import NAMES
@@ -37,8 +38,14 @@ def apply(run: Run, named: dict[str, Any]) -> Sequence[Tensor]:
     """
     others = {name: x for name, x in named.items() if name in TENSORS and name not in NAMES}
     ops._refuse_grad(False, {_SHOWN.get(name, name): x for name, x in others.items()})
+    _refuse_tangents(named)  # before the call runs; `jvp` would say it after
     rest = {name: x for name, x in named.items() if name not in TENSORS}
     return _QkNormRope.apply(run, rest, *(named.get(name) for name in TENSORS))
+
+
+def _refuse_tangents(named: dict[str, Any]) -> None:
+    if forward_ad._current_level >= 0:
+        ops._refuse_tangents({_SHOWN.get(name, name): x for name, x in named.items()})
 
 
 class _QkNormRope(torch.autograd.Function):
@@ -67,6 +74,24 @@ class _QkNormRope(torch.autograd.Function):
                 made = _Once.apply(len(roots), *roots, *found.values())
                 found = dict(zip(found, made, strict=True))
         return (None, None, *(found.get(name) for name in TENSORS))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise ops.no_forward_mode(_first_of(tangents[2:]))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        raise TypeError(
+            f"{_first_of(in_dims[2:])}: expected a dense tensor, got one under torch.func.vmap; a "
+            "call takes any leading dimensions, the batch's too; qkrope.reference.qk_norm_rope "
+            "works under vmap"
+        )
+
+
+def _first_of(given: Sequence[Any]) -> str:
+    """The name of the first tensor that there is something for."""
+    name = next(n for n, x in zip(TENSORS, given, strict=True) if x is not None)
+    return _SHOWN.get(name, name)
 
 
 def _gradients(
@@ -128,6 +153,10 @@ def autograd_kernel(keyset: Any, *args: Any, **more: Any) -> list[Tensor]:
             return op.redispatch(keyset & torch._C._after_autograd_keyset, q, k, *rest, **given)
 
     named = {**dict(zip((*FIRST, "spec"), args, strict=True)), **more}
+    if forward_ad._current_level >= 0 and forward_ad._is_fwd_grad_enabled():
+        _refuse_tangents(named)
+        with forward_ad._set_fwd_grad_enabled(False):  # below autograd nobody can ask again
+            return autograd_kernel(keyset, *args, **more)
     if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in named.values()):
         return list(apply(below, named))
     return below(**named)

@@ -17,6 +17,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import cpu, ops, ops_backward, torch_grad
 from .extras import Extras, _tables, pair
@@ -166,7 +167,7 @@ def _qkv_norm_rope_(
     qkv: Tensor, q_weight: Any, k_weight: Any, positions: Tensor | None, text: str
 ) -> None:
     spec = _spec(text)
-    if (plan := spec._plan) is None or torch.is_grad_enabled():
+    if (plan := spec._plan) is None or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         ops.qkv_norm_rope_(qkv, q_weight, k_weight, positions, spec)
         return
     run = (ops._cuda or ops._load_cuda()) if qkv.is_cuda else cpu.qk_norm_rope
@@ -177,6 +178,12 @@ def _fake(result: str, *names: str) -> _Op:
     """What tracing takes an op for. Here, since traced tensors know it, no gradient is lost."""
 
     def fake(*args: Any, **more: Any) -> list[Tensor] | None:
+        if result != "new" and forward_ad._current_level >= 0 and forward_ad._is_fwd_grad_enabled():
+            raise ValueError(  # nobody can ask a fake tensor for its tangent
+                f"{names[0]}: expected no dual level of forward-mode AD (torch.func.jvp) around a "
+                "traced call in place or with out=, got one; trace qk_norm_rope, or call "
+                "qkrope.reference.qk_norm_rope, which has derivatives in forward mode"
+            )
         if torch.is_grad_enabled():
             named = {**dict(zip((*names, "q_weight", "k_weight"), args, strict=False)), **more}
             ops._refuse_grad(result == "in place", {_SHOWN.get(n, n): x for n, x in named.items()})
