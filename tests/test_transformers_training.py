@@ -100,10 +100,7 @@ def rounded_once_more(model: nn.Module) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in SHORT else pytest.mark.slow)
-        for name in (*NAMED, *OTHERS)
-    ],
+    [pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in NAMED],
 )
 def test_loss_curve(name: str, device: str) -> None:
     model = model_of(name).to(device)
@@ -135,16 +132,30 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["qwen3", "exaone4", "hunyuan_v1_dense", "deepseek_v3", "cohere"])
+SOME = ("qwen3", "exaone4", "hunyuan_v1_dense", "deepseek_v3", "cohere")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SOME else pytest.mark.slow)
+        for name in dict.fromkeys((*SOME, *NAMED, *OTHERS))
+    ],
+)
 def test_gradients(name: str) -> None:
-    """Of every parameter, the norms' too, within 1e-4 of the largest of its tensor."""
+    """Of every parameter, the norms' too, within 1e-4 of the largest of its tensor; one that cancels
+    (a router that a single expert makes idle) keeps the rounding, 2^-22, of the model's largest.
+    """
     model = model_of(name).train()
     want = gradients(model)
     with patched(model):
         got = gradients(model)
-    assert got.keys() == want.keys() and any("norm" in n and "self_attn" in n for n in want)
+    assert got.keys() == want.keys()
+    assert name not in SOME or any("norm" in n and "self_attn" in n for n in want)
+    rounding = 2.0**-22 * max(float(grad.abs().max()) for grad in want.values())
     for key, grad in want.items():
-        assert float((got[key] - grad).abs().max()) <= 1e-4 * float(grad.abs().max()), key
+        bound = 1e-4 * float(grad.abs().max()) + rounding
+        assert float((got[key] - grad).abs().max()) <= bound, key
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # so is 5.17's
