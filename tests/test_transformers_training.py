@@ -144,7 +144,7 @@ SOME = ("qwen3", "exaone4", "hunyuan_v1_dense", "deepseek_v3", "cohere")
 )
 def test_gradients(name: str) -> None:
     """Of every parameter, the norms' too, within 1e-4 of the largest of its tensor. One that
-    cancels (a router that a single expert makes idle) keeps the rounding, 2^-22, of the model's largest.
+    cancels (a router that a single expert makes idle) keeps the rounding of the model's largest.
     """
     model = model_of(name).train()
     want = gradients(model)
