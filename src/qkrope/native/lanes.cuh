@@ -89,11 +89,20 @@ __device__ __forceinline__ float table_value(const void* table, int type, long l
 }
 
 // Sums over the lanes of a group, for kRows rows at once; every lane gets them. The tree is that of
-// kLanes rounded up to a power of two with zeros, whatever the lanes hold.
+// kLanes rounded up to a power of two with zeros, whatever the lanes hold. Two of its levels at a
+// time for a row alone: three exchanges on their way together are there sooner than two in turn.
 template <int kRows>
 __device__ __forceinline__ void group_sums(float (&sums)[kRows], int base, int rank) {
+  int step = 1;
 #pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) {
+  for (; kPowerOfTwo && kRows == 1 && 4 * step <= kLanes; step *= 4) {
+    const float sum = sums[0], one = __shfl_xor_sync(kAllLanes, sum, step);
+    const float two = __shfl_xor_sync(kAllLanes, sum, 2 * step);
+    const float three = __shfl_xor_sync(kAllLanes, sum, 3 * step);
+    sums[0] = qk::add(qk::add(sum, one), qk::add(two, three));
+  }
+#pragma unroll
+  for (; step < kLanes; step *= 2) {
     const int from = (rank ^ step) & ~(step - 1);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
