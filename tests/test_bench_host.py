@@ -113,4 +113,4 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_every_figure_is_measured(cuda: str, tmp_path: Path) -> None:
     assert host.main(["--out", str(tmp_path / "host.jsonl")]) in (0, 1)
-    assert len((tmp_path / "host.jsonl").read_text().splitlines()) == 13
+    assert len((tmp_path / "host.jsonl").read_text().splitlines()) == 14
