@@ -22,11 +22,11 @@ def test_differences_are_taken_round_by_round() -> None:
         (12.0, 57.0, 12.0),
         (6.0, 60.0, 6.4),
     )
-    names = (host.DRIVER, host.DRIVER_PDL, host.EAGER, host.OP, host.ADD)
-    values = (driver, driver, eager, op, add)
+    names = (host.DRIVER, host.DRIVER_PDL, host.EAGER, host.OP, host.IDLE_OP, host.ADD)
+    values = (driver, driver, eager, op, op, add)
     bars = host.host_bars({name: Samples(us) for name, us in zip(names, values, strict=True)})
-    assert [bar.value for bar in bars[:5]] == [5.0, 5.0, 6.5, 12.0, 6.4]
-    above_driver, above_add, op_above = bars[5:]
+    assert [bar.value for bar in bars[:6]] == [5.0, 5.0, 6.5, 12.0, 12.0, 6.4]
+    above_driver, above_add, op_above = bars[6:]
     assert (above_driver.value, above_driver.bar, above_driver.met) == (1.5, 2.0, True)
     assert above_add.value == pytest.approx(0.1) and above_add.bar == 0.0 and not above_add.met
     assert (op_above.value, op_above.bar, op_above.met) == (7.0, 6.0, False)
@@ -42,7 +42,7 @@ def test_a_line_says_what_was_met() -> None:
 def test_the_timed_calls_run_and_are_the_same_call() -> None:
     calls = host.torch_calls("cpu")
     samples = host.host_samples(calls, "cpu", rounds=3)
-    assert set(samples) == {host.EAGER, host.OP, host.ADD}
+    assert set(samples) == {host.EAGER, host.OP, host.IDLE_OP, host.ADD}
     assert all(us > 0 for found in samples.values() for us in found.us)
     eager, op = (host.torch_calls("cpu")[name] for name in (host.EAGER, host.OP))
     eager(), op()
@@ -113,4 +113,4 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_every_figure_is_measured(cuda: str, tmp_path: Path) -> None:
     assert host.main(["--out", str(tmp_path / "host.jsonl")]) in (0, 1)
-    assert len((tmp_path / "host.jsonl").read_text().splitlines()) == 14
+    assert len((tmp_path / "host.jsonl").read_text().splitlines()) == 15

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -64,18 +64,19 @@ class Bar:
 
 # ---- calls beside the driver's launch ---------------------------------------------------------
 
-DRIVER, DRIVER_PDL, EAGER, OP, ADD = (
+DRIVER, DRIVER_PDL, EAGER, OP, IDLE_OP, ADD = (
     "cuLaunchKernel",
     "cuLaunchKernelEx, PDL",
     "qkv_norm_rope_",
     "torch.ops.qkrope.qkv_norm_rope_",
+    "a torch op of that schema that does nothing",
     "torch add_",
 )
 _ARGUMENTS = 16
 NOTHING = f"""
 extern "C" __global__ void nothing({", ".join(f"long long a{i}" for i in range(_ARGUMENTS))}) {{}}
 """
-_alive: list[Any] = []  # packed arguments, which the driver is given by address
+_alive: list[Any] = []  # packed arguments, which the driver is given by address; the op
 
 
 def driver_calls(device: int) -> Calls:
@@ -108,8 +109,20 @@ def driver_calls(device: int) -> Calls:
     return calls
 
 
+@cache
+def _idle_op() -> Any:
+    """What torch itself takes to get from a call of an op to Python and back."""
+    library = torch.library.Library("qkrope_bench", "DEF")
+    schema = torch.ops.qkrope.qkv_norm_rope_.default._schema
+    library.define("nothing(" + str(schema).partition("(")[2])
+    library.impl("nothing", lambda *_: None, "CompositeExplicitAutograd")
+    library.impl("nothing", torch.library.fallthrough_kernel, "Autograd")
+    _alive.append(library)
+    return torch.ops.qkrope_bench.nothing.default
+
+
 def torch_calls(device: str) -> Calls:
-    """The call at one token, eager and as an op, and torch's own add_ on the same tensor."""
+    """The call at one token, eager and as an op, an op that does nothing, and torch's own add_."""
     from .. import torch_op  # noqa: F401  registers the op
 
     q_heads, kv_heads, _ = first_call.HEADS
@@ -121,6 +134,7 @@ def torch_calls(device: str) -> Calls:
     return {
         EAGER: partial(qkrope.qkv_norm_rope_, qkv, *rest, spec),
         OP: partial(op, qkv, *rest, spec.canonical()),
+        IDLE_OP: partial(_idle_op(), qkv, *rest, spec.canonical()),
         ADD: partial(qkv.clone().add_, torch.zeros_like(qkv)),
     }
 

@@ -1,8 +1,8 @@
 """The benchmark tables of the README and the documentation, written from the records.
 
 `python -m qkrope.bench.tables FILE.md...` replaces what stands between `<!-- bench:cpu -->` and
-`<!-- /bench:cpu -->` by a table of the newest records, and the same with cuda, peers, bars, host
-and check; cpu-first and cuda-first are those of the first production shape alone. `--check` changes
+`<!-- /bench:cpu -->` by a table of the newest records, and the same with cuda, peers, bars, host,
+training and check; cpu-first and cuda-first are those of the first production shape alone. `--check` changes
 nothing and exits 1 if a file is out of date. Between `<!-- models -->` and `<!-- /models -->` comes
 the catalogue, with what this machine's CPU kernels run.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from . import records
 from .records import Record
 from .shapes import PRODUCTION_SHAPES
-from .tables_json import Line, render_check, render_host
+from .tables_json import Line, render_check, render_host, render_training
 
 KINDS = ("cpu", "cuda")
 _ORDER = {shape.name: index for index, shape in enumerate(PRODUCTION_SHAPES)}
@@ -172,6 +172,7 @@ def rewrite(
     peers: Sequence[Record] = (),
     host: Sequence[Line] = (),
     checks: Sequence[Line] = (),
+    training: Sequence[Line] = (),
 ) -> str:
     """The text with every marked table replaced; ValueError for a marker without its end."""
     first = [r for r in found if r.shape == PRODUCTION_SHAPES[0].name]
@@ -182,6 +183,7 @@ def rewrite(
         "bench:bars": partial(render_bars, bars),
         "bench:host": partial(render_host, host),
         "bench:check": partial(render_check, checks),
+        "bench:training": partial(render_training, training),
         "models": render_models,
     }
     for name, table in tables.items():
@@ -212,15 +214,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         [r for path in _files(folder) for r in records.read(path)]
         for folder in (args.results, args.results / "peers")
     )
-    bars, host = (
+    bars, host, training = (
         [json.loads(line) for path in _files(args.results / name) for line in _lines(path)]
-        for name in ("bars", "host")
+        for name in ("bars", "host", "training")
     )
     checks = [json.loads(path.read_text()) for path in _files(args.results / "check", "json")]
     stale = 0
     for file in args.files:
         old = file.read_text()
-        new = rewrite(old, found, bars, peers, host, checks)
+        new = rewrite(old, found, bars, peers, host, checks, training)
         if new == old:
             continue
         if not args.check:

@@ -1,4 +1,4 @@
-"""Tables of what `qkrope.bench.host` and `qkrope check --json` write."""
+"""Tables of what `qkrope.bench.host`, `.training` and `qkrope check --json` write."""
 
 from __future__ import annotations
 
@@ -35,6 +35,24 @@ def render_host(found: Sequence[Line]) -> str:
         value = f"{line['value']:.3g} {line['unit']}".strip()
         rows.append(_row((case.strip(), value, bar)))
     return "\n".join([*rows, "", provenance([*latest.values()]), ""])
+
+
+def render_training(found: Sequence[Line]) -> str:
+    """Steps of `python -m qkrope.bench.training`, the last of each case: ours, and times it."""
+    if not found:
+        return "No record yet.\n"
+    latest = {(str(line["case"]), line["tokens"], line["dtype"]): line for line in found}
+    others = [name for name in next(iter(latest.values()))["us"] if name != "qkrope"]
+    rows = [_row(["heads", "tokens", "qkrope, us", *others]), "|---|" + "---:|" * (2 + len(others))]
+    missing = dict[str, None]()
+    for line in latest.values():
+        us, cells = line["us"], [line["case"], str(line["tokens"]), f"{line['us']['qkrope']:.4g}"]
+        for name in others:
+            if isinstance(us[name], str):
+                missing[f"{name}: {us[name]}."] = None
+            cells.append("-" if isinstance(us[name], str) else f"{us[name] / us['qkrope']:.2f}x")
+        rows.append(_row(cells))
+    return "\n".join([*rows, "", *missing, provenance([*latest.values()]), ""])
 
 
 def render_check(found: Sequence[Line]) -> str:
