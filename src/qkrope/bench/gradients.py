@@ -132,9 +132,9 @@ def sweep_measure(buffers: Sequence[Rows], launches: int) -> Measure:
 # Warps a block and a multiprocessor, and what is asked for before the wait: nothing, x, x and dy.
 GRIDS = [
     (block, warps, prefetch)
-    for block in (2, 4)
-    for warps in (12, 16, 20, 48, 160)
-    for prefetch in (0, 1, 3)
+    for block in (4, 8)
+    for warps in (16, 20, 32, 48, 64, 80, 128, 160)
+    for prefetch in (0, 3)
 ]
 
 

@@ -12,10 +12,11 @@
   (QK_LANE_UNITS(head_dim) == 4 ? 8 : QK_LANE_UNITS(head_dim) == 1 && (tight) ? 20 : 16)
 #define QK_BACKWARD_ROWS(head_dim) (QK_LANE_UNITS(head_dim) == 1 ? 2 : 1)  // heads of a unit
 
-#define QK_SUM_WARPS 4      // of a block, at most
-#define QK_SUM_THREADS 128  // of a block of the kernel that adds rows of partial sums
-#define QK_SUM_COLUMNS 2    // that such a block adds
-#define QK_MAX_SUMS 5       // weights of q, k and v, biases of q and k
+#define QK_SUM_WARPS 8          // of a block, at most
+#define QK_GENERAL_SUM_WARPS 4  // of one of the general kernel, but for a norm of whole rows
+#define QK_SUM_THREADS 512      // of a block of the kernel that adds rows of partial sums
+#define QK_SUM_COLUMNS 2        // that such a block adds
+#define QK_MAX_SUMS 5           // weights of q, k and v, biases of q and k
 
 // Strides are in bytes. A unit is the heads that a group of lanes serves at a time; a group goes
 // from one unit of its side to the one that is (step_tokens, step_units) further, `steps` times.

@@ -64,7 +64,7 @@ __device__ __forceinline__ void turn_back(const Angles& by, int first, Values& v
 
 // Where a block's sums meet: a row for each group of lanes.
 __device__ __forceinline__ float* shared_sums() {
-  constexpr int kWarps = kTeams ? QK_TEAM_WARPS(kHeadDim) : QK_SUM_WARPS;  // of a block, at most
+  constexpr int kWarps = kTeams ? QK_TEAM_WARPS(kHeadDim) : QK_GENERAL_SUM_WARPS;  // of a block
   __shared__ float sums[kWarps * kGroups * kHeadDim];
   return sums;
 }

@@ -41,8 +41,8 @@ FUNCTION(force_backward) {
   (void)self;
   if (n != 3) return qk_raise("TypeError", "force_backward: expected 3 arguments, got %d", n);
   const int block = (int)args[0].v_int64;
-  if (block != 0 && block != 2 && block != 4)
-    return qk_raise("ValueError", "force_backward: got blocks of %d warps, expected 0, 2 or 4",
+  if (block != 0 && block != 4 && block != 8)
+    return qk_raise("ValueError", "force_backward: got blocks of %d warps, expected 0, 4 or 8",
                     block);
   qk_force_backward(block, (int)args[1].v_int64, (int)args[2].v_int64);
   return return_int(result, 0);

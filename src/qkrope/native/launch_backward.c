@@ -22,8 +22,17 @@ void qk_force_backward(int block, int warps, int prefetch) {
   forced.block = block, forced.warps = warps, forced.prefetch = prefetch;
 }
 
-enum { LEAST_WARPS = QK_SUM_WARPS };  // of a block; a team may have more
-static int block_warps(void) { return forced.block ? forced.block : LEAST_WARPS; }
+enum { LEAST_WARPS = QK_GENERAL_SUM_WARPS };  // of a block; a team may have more
+static int block_warps(int sums) {
+  return forced.block ? forced.block : sums ? QK_SUM_WARPS : LEAST_WARPS;
+}
+
+// What the scan of `bars --grid` found (docs/kernel-log.md). Some multiprocessors reach memory
+// faster than others: a large call is shared out as blocks end, not beforehand. With sums a block's
+// end costs a row of them, and rounds of blocks are fewer; a round has 16 warps a multiprocessor,
+// four fewer than there is room for, in blocks of eight, which leave half the rows that four do.
+// A call is large by the steps of a warp, with sums by their bytes an element.
+enum { SUMS_HELD = 16, SUMS_ROUNDS = 4, SUMS_LARGE = 80, ROUNDS = 8, LARGE = 8 };
 
 static int is_tight(const qk_variant* v) {
   const int lanes = QK_LANES(v->head_dim);
@@ -40,13 +49,13 @@ static long long held_blocks(int num_sms, int warps, int block) {
 }
 
 // Rows of partial sums: enough for a side's blocks, each of which writes one. They are never more
-// than the device holds at once, rounded up for each slot of heads, or than there is work for.
+// than there are blocks, rounded up for each slot of heads, or than there is work for.
 long long qk_cuda_partials(const qk_plan* plan, long long tokens, int num_sms) {
   const int head_dim = plan->variant.head_dim, groups = QK_GROUPS(head_dim);
   const int heads = plan->num_q_heads > plan->num_kv_heads ? plan->num_q_heads : plan->num_kv_heads;
   const long long slots = ceil_div(heads, groups);
   const long long work = ceil_div(tokens, LEAST_WARPS) * slots;
-  const long long held = held_blocks(num_sms, QK_BACKWARD_WARPS(head_dim, 1), block_warps());
+  const long long held = held_blocks(num_sms, SUMS_ROUNDS * SUMS_HELD, block_warps(1));
   const long long room = held > slots ? held : slots;
   return work < room ? work : room;
 }
@@ -60,15 +69,15 @@ static int check_room(long long most, long long least) {
 
 // Blocks of a side whose groups of lanes take units in turn, `steps` or fewer each.
 static long long blocks_of(const qk_launch_side* side, long long tokens, long long steps,
-                           int head_dim, int rows) {
+                           int head_dim, int rows, int block) {
   const long long units = tokens * qk_slots_of(side->heads, rows);
-  return ceil_div(units, steps * block_warps() * QK_GROUPS(head_dim));
+  return ceil_div(units, steps * block * QK_GROUPS(head_dim));
 }
 
 static void shape_side(qk_launch_side* side, qk_backward_side* more, long long tokens,
-                       long long blocks, int head_dim, int rows) {
+                       long long blocks, int head_dim, int rows, int block) {
   if (!side->heads) return;
-  const long long stride = blocks * block_warps() * QK_GROUPS(head_dim);
+  const long long stride = blocks * block * QK_GROUPS(head_dim);
   more->units = qk_slots_of(side->heads, rows);
   side->passes = qk_slots_of(side->heads, more->units);  // as even as it goes
   more->steps = (int)ceil_div(tokens * more->units, stride);
@@ -78,28 +87,28 @@ static void shape_side(qk_launch_side* side, qk_backward_side* more, long long t
 
 // As few steps as blocks of both sides allow that the device holds at once, and that have a row of
 // sums each.
-static void shape(qk_launch_backward_plain* p, int head_dim, long long held, int rows,
+static void shape(qk_launch_backward_plain* p, int head_dim, long long held, int rows, int block,
                   long long most, qk_grid* out) {
   qk_launch_side* side = p->plain.side;
   const long long tokens = p->plain.tokens;
   long long q, k, steps = 0;
   do {
     ++steps;
-    q = blocks_of(&side[0], tokens, steps, head_dim, rows);
-    k = blocks_of(&side[1], tokens, steps, head_dim, rows);
+    q = blocks_of(&side[0], tokens, steps, head_dim, rows, block);
+    k = blocks_of(&side[1], tokens, steps, head_dim, rows, block);
     // Far too many: nearly there at once.
     if (q + k > 2 * held) steps = (q + k) / held * steps - 1;
   } while (q + k > held && (q > 1 || k > 1));
   if (p->more[0].parts && q > most) q = most;
   if (p->more[1].parts && k > most) k = most;
-  shape_side(&side[0], &p->more[0], tokens, q, head_dim, rows);
-  shape_side(&side[1], &p->more[1], tokens, k, head_dim, rows);
+  shape_side(&side[0], &p->more[0], tokens, q, head_dim, rows, block);
+  shape_side(&side[1], &p->more[1], tokens, k, head_dim, rows, block);
   p->plain.q_slots = (int)q;
   out->grid[0] = (unsigned)(q + k);
   out->grid[1] = out->grid[2] = out->block[2] = 1;
   out->shared = 0;
   out->block[0] = 32;
-  out->block[1] = block_warps();
+  out->block[1] = block;
 }
 
 // ---- the launches -------------------------------------------------------------------------------
@@ -143,19 +152,18 @@ static void start_sums(qk_backward_step* step) {
   step->grid.block[1] = QK_SUM_THREADS / 32;
 }
 
-// What the scan of `bars --grid` found (docs/kernel-log.md): with sums 16 warps a multiprocessor,
-// four fewer than there is room for. Without them nothing is lost when a block ends, so that a
-// large call is shared out as blocks end, and not beforehand.
 static long long wanted_blocks(const qk_launch_backward_plain* p, const qk_variant* v, int sums,
                                int rows, int num_sms) {
-  enum { WITH_SUMS = 16, LARGE = 8, ROUNDS = 8 };
   const qk_launch_side* side = p->plain.side;
   int warps = QK_BACKWARD_WARPS(v->head_dim, is_tight(v));
   const long long units = qk_slots_of(side[0].heads, rows) + qk_slots_of(side[1].heads, rows);
   const long long work = p->plain.tokens * units / QK_GROUPS(v->head_dim);  // of a warp
-  if (sums && warps > WITH_SUMS) warps = WITH_SUMS;
-  if (!sums && work > (long long)LARGE * warps * num_sms) warps *= ROUNDS;
-  return held_blocks(num_sms, warps, block_warps());
+  if (sums && warps > SUMS_HELD) warps = SUMS_HELD;
+  const int item = v->dtype == QK_F32 ? 4 : 2;
+  if (sums ? work * item > (long long)SUMS_LARGE * warps * num_sms
+           : work > (long long)LARGE * warps * num_sms)
+    warps *= sums ? SUMS_ROUNDS : ROUNDS;
+  return held_blocks(num_sms, warps, block_warps(sums));
 }
 
 static int prepare_plain(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* c,
@@ -179,8 +187,8 @@ static int prepare_plain(const qk_kernels* kernels, const qk_frac* frac, const q
   }
   const int sums = p->more[0].parts || p->more[1].parts;
   if (sums && check_room(grads->partials, 1)) return -1;
-  shape(p, v->head_dim, wanted_blocks(p, v, sums, rows, kernels->num_sms), rows, grads->partials,
-        grid);
+  shape(p, v->head_dim, wanted_blocks(p, v, sums, rows, kernels->num_sms), rows, block_warps(sums),
+        grads->partials, grid);
   start_sums(&to[1]);
   add_sum(grads->q.dweight, grads->q.dweight_parts, grads->q.dweight_count, p->plain.q_slots,
           &to[1]);
