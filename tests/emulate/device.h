@@ -76,7 +76,8 @@ namespace emulated {
 
 enum State { kRuns, kShuffles, kSyncs, kDone };
 struct Lane {
-  ucontext_t context;
+  jmp_buf context;  // ucontext's own switch asks the system for the signal mask, each time
+  bool begun;
   char* stack;
   State state;
   float value;
@@ -86,13 +87,31 @@ struct Lane {
 enum { kWarp = 32, kMost = 1024, kStack = 128 << 10 };
 static Lane lanes[kMost];
 static int current;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
+static void (*start)();
 static const char* problem;
 static sigjmp_buf trapped;
 
 inline void wait_as(State state) {
   lanes[current].state = state;
-  swapcontext(&lanes[current].context, &scheduler);
+  if (!_setjmp(lanes[current].context)) _longjmp(scheduler, 1);
+}
+
+// What a fibre runs: its thread of one block after another.
+inline void serve() {
+  for (;;) start(), wait_as(kDone);
+}
+
+inline void begin(Lane& lane) {
+  if (!lane.stack) lane.stack = (char*)malloc(kStack);
+  lane.begun = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = lane.stack;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, serve, 0);
+  setcontext(&context);
 }
 
 inline float exchange(int line, float value, unsigned from) {
@@ -108,7 +127,9 @@ inline void run_warp(int first) {
     if (lanes[i].state != kRuns) continue;
     current = i;
     threadIdx = {(unsigned)(i - first), (unsigned)first / kWarp, 0};
-    swapcontext(&scheduler, &lanes[i].context);
+    if (_setjmp(scheduler)) continue;
+    if (lanes[i].begun) _longjmp(lanes[i].context, 1);
+    begin(lanes[i]);
   }
 }
 
@@ -130,17 +151,8 @@ inline bool serve_shuffle(int first) {
   return true;
 }
 
-inline void run_block(int threads, void (*start)()) {
-  for (int i = 0; i < threads; ++i) {
-    Lane& lane = lanes[i];
-    if (!lane.stack) lane.stack = (char*)malloc(kStack);
-    getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = lane.stack;
-    lane.context.uc_stack.ss_size = kStack;
-    lane.context.uc_link = &scheduler;
-    makecontext(&lane.context, start, 0);
-    lane.state = kRuns;
-  }
+inline void run_block(int threads) {
+  for (int i = 0; i < threads; ++i) lanes[i].state = kRuns;
   for (;;) {
     int syncing = 0, done = 0;
     for (int first = 0; first < threads; first += kWarp) {

@@ -10,10 +10,7 @@ static const Kernel kernels[] = {KERNELS};
 static Kernel kernel;
 static const void* launch;
 
-static void start() {
-  kernel(launch);
-  lanes[current].state = kDone;
-}
+static void run_thread() { kernel(launch); }
 
 }  // namespace emulated
 
@@ -21,7 +18,8 @@ static void start() {
 extern "C" const char* qk_emulate(int function, const unsigned* grid, const unsigned* block,
                                   const void* launch) {
   using namespace emulated;
-  kernel = kernels[function];
+  kernel = kernels[function], start = run_thread;
+  for (Lane& lane : lanes) lane.begun = false;  // a run that failed left it in the middle
   emulated::launch = launch;
   problem = kernel ? nullptr : "no such kernel";
   if (block[0] != kWarp || block[1] * kWarp > kMost || block[2] != 1) problem = "block";
@@ -37,7 +35,7 @@ extern "C" const char* qk_emulate(int function, const unsigned* grid, const unsi
       for (unsigned y = 0; y < grid[1] && !problem; ++y)
         for (unsigned x = 0; x < grid[0] && !problem; ++x) {
           blockIdx = {x, y, z};
-          run_block(block[1] * kWarp, start);
+          run_block(block[1] * kWarp);
         }
   }
   sigaction(SIGILL, &before, nullptr);

@@ -14,7 +14,7 @@
 
 #define QK_SUM_WARPS 8          // of a block, at most
 #define QK_GENERAL_SUM_WARPS 4  // of one of the general kernel, but for a norm of whole rows
-#define QK_SUM_THREADS 512      // of a block of the kernel that adds rows of partial sums
+#define QK_SUM_THREADS 256      // of a block of the kernel that adds rows of partial sums
 #define QK_SUM_COLUMNS 2        // that such a block adds
 #define QK_MAX_SUMS 5           // weights of q, k and v, biases of q and k
 

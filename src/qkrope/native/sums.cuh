@@ -34,7 +34,7 @@ __device__ __forceinline__ void write_sums(float (&sums)[kMany], int rank, Place
   }
 }
 
-// A thread asks for so many rows at once that one wait is all, up to 2560 rows. Its block is small
+// A thread asks for so many rows at once that one wait is all, up to 1280 rows. Its block is small
 // enough to be there, and wait, beside the blocks that write the rows. Columns are even in number,
 // as the channels of a head are, and pairs of them aligned.
 __device__ __forceinline__ void add_rows(const qk_sum& sum) {
