@@ -90,6 +90,16 @@ def test_figures_of_the_host_and_errors_by_position(tmp_path: Path) -> None:
     assert tables.main([*arguments, "--check"]) == 0 and other.read_text() == "no table"
 
 
+def test_steps_of_training() -> None:
+    """The last line of a case, each other's time over ours, and why one has none."""
+    line = {**FACTS, "dtype": "bfloat16", "case": "32/8", "tokens": 4096}
+    us = {"qkrope": 80.0, "eager": 880.0, "liger": "not here"}
+    found = [{**line, "us": {**us, "qkrope": 100.0}}, {**line, "us": us}]
+    text = tables.rewrite("<!-- bench:training -->\n<!-- /bench:training -->", [], training=found)
+    assert "| 32/8 | 4096 | 80 | 11.00x | - |\n\nliger: not here.\n" in text
+    assert text.count("| 32/8 |") == 1 and "commit 0123ab.\n" in text
+
+
 def test_the_first_shape_alone() -> None:
     found = [record(), record(shape=PRODUCTION_SHAPES[0].name, us=3.0)]
     text = tables.rewrite("<!-- bench:cpu-first -->\n<!-- /bench:cpu-first -->", found)

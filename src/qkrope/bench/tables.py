@@ -2,9 +2,9 @@
 
 `python -m qkrope.bench.tables FILE.md...` replaces what stands between `<!-- bench:cpu -->` and
 `<!-- /bench:cpu -->` by a table of the newest records, and the same with cuda, peers, bars, host,
-training and check; cpu-first and cuda-first are those of the first production shape alone. `--check` changes
-nothing and exits 1 if a file is out of date. Between `<!-- models -->` and `<!-- /models -->` comes
-the catalogue, with what this machine's CPU kernels run.
+training and check; cpu-first and cuda-first are those of the first production shape alone.
+`--check` changes nothing and exits 1 if a file is out of date. Between `<!-- models -->` and
+`<!-- /models -->` comes the catalogue, with what this machine's CPU kernels run.
 """
 
 from __future__ import annotations
