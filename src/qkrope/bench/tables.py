@@ -4,7 +4,8 @@
 `<!-- /bench:cpu -->` by a table of the newest records, and the same with cuda, peers, bars, host,
 training and check; cpu-first and cuda-first are those of the first production shape alone.
 `--check` changes nothing and exits 1 if a file is out of date. Between `<!-- models -->` and
-`<!-- /models -->` comes the catalogue, with what this machine's CPU kernels run.
+`<!-- /models -->` comes the catalogue, with what this machine's CPU kernels run; between those of
+commands what the `qkrope` command takes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from . import records
 from .records import Record
 from .shapes import PRODUCTION_SHAPES
+from .tables_commands import render_commands
 from .tables_json import Line, render_check, render_host, render_training
 
 KINDS = ("cpu", "cuda")
@@ -185,6 +187,7 @@ def rewrite(
         "bench:check": partial(render_check, checks),
         "bench:training": partial(render_training, training),
         "models": render_models,
+        "commands": render_commands,
     }
     for name, table in tables.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"

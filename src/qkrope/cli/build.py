@@ -49,7 +49,13 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "table for each head, tokens that do not turn",
     )
     parser.add_argument("--backward", action="store_true", help="also the kernels of the gradients")
-    parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument(
+        *("-j", "--jobs"),
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="compilers at once (default: one for each core)",
+    )
     add_spec_flags(parser)
     parser.set_defaults(run=run)
 

@@ -12,7 +12,11 @@ from .common import OK, Output
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Register the subcommand."""
     parser = commands.add_parser("cache", parents=[common], help="path, list or clear the cache")
-    parser.add_argument("action", choices=("path", "list", "clear"))
+    parser.add_argument(
+        "action",
+        choices=("path", "list", "clear"),
+        help="say where it is, list what is there, or delete that",
+    )
     parser.set_defaults(run=run)
 
 

@@ -27,7 +27,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="bf16, fp16, fp32")
     parser.add_argument("--rows", type=int, default=64, help="positions a decade (default 64)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the random rows (default 0)")
     add_spec_flags(parser)
     parser.set_defaults(run=run)
 

@@ -32,8 +32,16 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", type=Path, metavar="IN.safetensors")
-    parser.add_argument("output", type=Path, nargs="?", metavar="OUT.safetensors")
+    parser.add_argument(
+        "input", type=Path, metavar="IN.safetensors", help="q and k or qkv, and what goes with them"
+    )
+    parser.add_argument(
+        "output",
+        type=Path,
+        nargs="?",
+        metavar="OUT.safetensors",
+        help="q and k of the result (default: none)",
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument(
         "--tolerance",
