@@ -129,7 +129,7 @@ def sweep_measure(buffers: Sequence[Rows], launches: int) -> Measure:
 
 # ---- grids ------------------------------------------------------------------------------------
 
-# Warps a block and a multiprocessor, and what is asked for before the wait: nothing, x, x and dy.
+# Warps a block and a multiprocessor, and what is asked for before the wait: nothing, or x and dy.
 GRIDS = [
     (block, warps, prefetch)
     for block in (4, 8)

@@ -48,9 +48,11 @@ def render_training(found: Sequence[Line]) -> str:
     for line in latest.values():
         us, cells = line["us"], [line["case"], str(line["tokens"]), f"{line['us']['qkrope']:.4g}"]
         for name in others:
-            if isinstance(us[name], str):
-                missing[f"{name}: {us[name]}."] = None
-            cells.append("-" if isinstance(us[name], str) else f"{us[name] / us['qkrope']:.2f}x")
+            if isinstance(found_us := us.get(name, "not measured"), str):
+                missing[f"{name}: {found_us}."] = None
+                cells.append("-")
+            else:
+                cells.append(f"{found_us / us['qkrope']:.2f}x")
         rows.append(_row(cells))
     return "\n".join([*rows, "", *missing, provenance([*latest.values()]), ""])
 

@@ -89,7 +89,7 @@ enum { QK_BACKWARD_STEPS = 2 };  // of a part, at most
 int qk_prepare_backward(const qk_kernels* kernels, const qk_frac* frac, const qk_checked* call,
                         int part, qk_backward_step* to, long long* answer);
 long long qk_backward_key(const qk_checked* call);
-// For the bench that justifies the rules: warps a block (2 or 4) and a multiprocessor; 0 is the
+// For the bench that justifies the rules: warps a block (4 or 8) and a multiprocessor; 0 is the
 // rule. prefetch: as in the launch, -1 is the rule.
 void qk_force_backward(int block, int warps, int prefetch);
 #endif

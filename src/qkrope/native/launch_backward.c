@@ -22,16 +22,15 @@ void qk_force_backward(int block, int warps, int prefetch) {
   forced.block = block, forced.warps = warps, forced.prefetch = prefetch;
 }
 
-enum { LEAST_WARPS = QK_GENERAL_SUM_WARPS };  // of a block; a team may have more
+enum { FEW_WARPS = QK_GENERAL_SUM_WARPS };  // of a block; a team may have more
 static int block_warps(int sums) {
-  return forced.block ? forced.block : sums ? QK_SUM_WARPS : LEAST_WARPS;
+  return forced.block ? forced.block : sums ? QK_SUM_WARPS : FEW_WARPS;
 }
 
-// What the scan of `bars --grid` found (docs/kernel-log.md). Some multiprocessors reach memory
-// faster than others: a large call is shared out as blocks end, not beforehand. With sums a block's
-// end costs a row of them, and rounds of blocks are fewer; a round has 16 warps a multiprocessor,
-// four fewer than there is room for, in blocks of eight, which leave half the rows that four do.
-// A call is large by the steps of a warp, with sums by their bytes an element.
+// What scans found (docs/kernel-log.md). A large call is shared out as blocks end, not beforehand,
+// as if some multiprocessors reached memory faster than others. With sums a block's end costs a row
+// of them: rounds of blocks are fewer, and blocks have eight warps, two of them at once. A call is
+// large by the steps of a warp, with sums by those times the bytes of an element.
 enum { SUMS_HELD = 16, SUMS_ROUNDS = 4, SUMS_LARGE = 80, ROUNDS = 8, LARGE = 8 };
 
 static int is_tight(const qk_variant* v) {
@@ -49,12 +48,12 @@ static long long held_blocks(int num_sms, int warps, int block) {
 }
 
 // Rows of partial sums: enough for a side's blocks, each of which writes one. They are never more
-// than there are blocks, rounded up for each slot of heads, or than there is work for.
+// than a large call has blocks, rounded up for each slot of heads, or than there is work for.
 long long qk_cuda_partials(const qk_plan* plan, long long tokens, int num_sms) {
   const int head_dim = plan->variant.head_dim, groups = QK_GROUPS(head_dim);
   const int heads = plan->num_q_heads > plan->num_kv_heads ? plan->num_q_heads : plan->num_kv_heads;
   const long long slots = ceil_div(heads, groups);
-  const long long work = ceil_div(tokens, LEAST_WARPS) * slots;
+  const long long work = ceil_div(tokens, FEW_WARPS) * slots;
   const long long held = held_blocks(num_sms, SUMS_ROUNDS * SUMS_HELD, block_warps(1));
   const long long room = held > slots ? held : slots;
   return work < room ? work : room;
@@ -85,9 +84,8 @@ static void shape_side(qk_launch_side* side, qk_backward_side* more, long long t
   more->step_units = (int)(stride % more->units);
 }
 
-// As few steps as blocks of both sides allow that the device holds at once, and that have a row of
-// sums each.
-static void shape(qk_launch_backward_plain* p, int head_dim, long long held, int rows, int block,
+// As few steps as that number of blocks allows for both sides, with a row of sums for each.
+static void shape(qk_launch_backward_plain* p, int head_dim, long long wanted, int rows, int block,
                   long long most, qk_grid* out) {
   qk_launch_side* side = p->plain.side;
   const long long tokens = p->plain.tokens;
@@ -97,8 +95,8 @@ static void shape(qk_launch_backward_plain* p, int head_dim, long long held, int
     q = blocks_of(&side[0], tokens, steps, head_dim, rows, block);
     k = blocks_of(&side[1], tokens, steps, head_dim, rows, block);
     // Far too many: nearly there at once.
-    if (q + k > 2 * held) steps = (q + k) / held * steps - 1;
-  } while (q + k > held && (q > 1 || k > 1));
+    if (q + k > 2 * wanted) steps = (q + k) / wanted * steps - 1;
+  } while (q + k > wanted && (q > 1 || k > 1));
   if (p->more[0].parts && q > most) q = most;
   if (p->more[1].parts && k > most) k = most;
   shape_side(&side[0], &p->more[0], tokens, q, head_dim, rows, block);
@@ -231,7 +229,7 @@ static int shape_general(const qk_kernels* kernels, const qk_variant* v, long lo
     slots[i] = teams && needed ? 1 : needed;
     if (p->base.team_warps[i] > block) block = p->base.team_warps[i];
   }
-  if (block < LEAST_WARPS) block = LEAST_WARPS / block * block;
+  if (block < FEW_WARPS) block = FEW_WARPS / block * block;
   const long long held = held_blocks(kernels->num_sms, QK_BACKWARD_TEAM_WARPS(head_dim), block);
   long long blocks[SIDES], all, steps = 0;
   do {
