@@ -78,7 +78,7 @@ sanitize: venv ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSa
 	  -C cmake.define.QKROPE_SANITIZE=ON -C install.strip=false .
 	site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))'); \
 	base=$$($(PY) -c 'import sys; print(sys._base_executable)'); \
-	export PYTHONPATH="$(CURDIR)/build/sanitize:$$site" OMP_NUM_THREADS=2 \
+	export PYTHONPATH="$(CURDIR)/build/sanitize:$$site" OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 	  PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
 	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)"; \
@@ -86,8 +86,8 @@ sanitize: venv ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSa
 	if "$$base" tools/planted_fault.py overrun >build/sanitize-control.log 2>&1 || \
 	    ! grep -q 'heap-buffer-overflow' build/sanitize-control.log; then \
 	  echo 'the planted overrun was not reported: see build/sanitize-control.log'; exit 1; fi && \
-	"$$base" -m pytest -p no:cacheprovider --capture=sys -m "$(CPU_ONLY)" \
-	  $(SANITIZE_TESTS) $(ARGS)
+	"$$base" -m pytest -p no:cacheprovider -p xdist $(XDIST) --maxfail=1 --capture=sys \
+	  -m "$(CPU_ONLY)" $(SANITIZE_TESTS) $(ARGS)
 
 bench: venv ## the CPU benchmark; records and a plot go to RESULTS
 	@mkdir -p $(RESULTS)
