@@ -25,17 +25,20 @@ def gradients(
     weights: bool = True,
     k_tokens: int = 0,
     room: int = 0,
+    dtype: torch.dtype = BF16,
 ) -> list[Any]:
     """A good call: x, dy and dx `shift` elements into their memory, whose weights want sums or not.
 
     k_tokens: k has so many tokens, and positions of its own. room: of the workspace.
     """
-    call = operands(spec)
+    call = operands(spec, dtype)
     sides = []
     for heads, length in ((spec.num_q_heads, tokens), (spec.num_kv_heads, k_tokens or tokens)):
         shape = (length, heads, spec.head_dim)
         count = torch.Size(shape).numel()
-        sides.append([torch.zeros(count + shift, dtype=BF16)[shift:].view(shape) for _ in range(3)])
+        sides.append(
+            [torch.zeros(count + shift, dtype=dtype)[shift:].view(shape) for _ in range(3)]
+        )
     (q, dq, dy_q), (k, dk, dy_k) = sides
     call[3], call[4] = q, k
     call[7] = torch.arange(tokens) if spec.rope else None
@@ -47,8 +50,8 @@ def gradients(
     return [*call, dy_q, dy_k, None, *sums, None, None, None, workspace]
 
 
-def key(spec: Spec = SPEC, general: bool = False) -> int:
-    return slot_key(Variant.of(spec, "bfloat16", None, None, "phase", general, True), 0)
+def key(spec: Spec = SPEC, general: bool = False, dtype: torch.dtype = BF16) -> int:
+    return slot_key(Variant.of(spec, str(dtype)[6:], None, None, "phase", general, True), 0)
 
 
 def backward(call: list[Any]) -> int | None:
@@ -95,13 +98,15 @@ def test_what_is_refused() -> None:
 LAUNCH = """
 import ctypes, sys
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+import torch
 from qkrope import _native
 from qkrope.spec import Norm, Rope, Spec
 from test_backward_boundary import backward, gradients, key
 kernels = _native.lib().cuda_load(0, id(sys))
 for spec, tokens, more in eval(sys.argv[2]):
     call = gradients(spec, tokens, **more)
-    _native.lib().cuda_bind(call[0], key(spec), 0, kernels)
+    dtype = more.get("dtype", torch.bfloat16)
+    _native.lib().cuda_bind(call[0], key(spec, dtype=dtype), 0, kernels)
     sys.stdout.flush()
     print("answer", backward(call), flush=True)
 """
@@ -109,8 +114,8 @@ for spec, tokens, more in eval(sys.argv[2]):
 
 @NO_DRIVER
 def test_launches(tmp_path: Path) -> None:
-    """The kernel of the gradients, then that of the sums; a large call without sums has many
-    blocks; each part of a call on its own; nothing for no tokens.
+    """The kernel of the gradients, then that of the sums; a large call has more blocks than the
+    device holds; each part of a call on its own; nothing for no tokens.
     """
     calls = """[
         (Spec(32, 8, 128), 1, {}),
@@ -170,3 +175,20 @@ def test_launches(tmp_path: Path) -> None:
         "qkrope_sums 64 2 1 32 8 0",
         "answer 0",
     ]
+
+
+@NO_DRIVER
+def test_a_large_call_with_sums_has_rounds_of_blocks(tmp_path: Path) -> None:
+    """From 40 steps of a warp on, 16 bits wide, or 20 of 32 bits: the same bytes."""
+    calls = """[
+        (Spec(32, 8, 128), 8448, {}),
+        (Spec(32, 8, 128), 8449, {}),
+        (Spec(32, 8, 128), 4224, {"dtype": torch.float32}),
+        (Spec(32, 8, 128), 4225, {"dtype": torch.float32}),
+    ]"""
+    launches = noted(tmp_path, LAUNCH, calls)
+    blocks = [int(line.split()[1]) for line in launches if line.startswith("qkrope_vector2")]
+    most = 132 * 16 // 8
+    assert len(blocks) == 4
+    assert all(most // 2 < few <= most for few in blocks[::2])
+    assert all(2 * most < many <= 4 * most for many in blocks[1::2])

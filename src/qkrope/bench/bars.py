@@ -156,8 +156,6 @@ def try_grids(bar: Bar, rounds: int = 5) -> dict[str, float]:
     measures = {"sweep": sweep_measure(bar, buffers), "rule": graph(bar, buffers)}
     if bar.backward:
         for grid in gradients.GRIDS:
-            if grid[0] != 2 and bar.dtype == "float32":
-                continue  # there is one form
             with gradients.forced(grid):
                 measures["/".join(map(str, grid))] = graph(bar, buffers)
     else:
